@@ -1,0 +1,7 @@
+// The native ops' schemas. Each backend registers its own kernels by dispatch key in its own
+// folder.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(torchtower, m) {
+  m.def("tower_mean_(Tensor(a!)[] out, Tensor[] grads, float[] weights) -> ()");
+}
