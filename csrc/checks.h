@@ -27,6 +27,7 @@
 #include <string>
 #include <vector>
 
+#include "overlap.h"
 #include "tensor_list.h"
 #include "tower_mean.h"
 
@@ -59,11 +60,12 @@ class Call {
 
  private:
   void normalise_weights();
-  void read_parameter(int64_t index);
-  void check_gradient(const TensorView& out, const TensorView& grad, int64_t tower,
-                      int64_t index) const;
+  void read_outputs();
+  void read_gradients();
+  void check_gradient(const TensorView& grad, int64_t tower, int64_t index) const;
+  const void* as_laid_out(const TensorView& grad, const TensorView& layout);
   void refuse_overlaps() const;
-  void lay_out_alike();
+  std::string find_overlap(bool exact) const;
   [[noreturn]] void fail(const std::string& message) const;
 
   const char* function_;
@@ -76,10 +78,14 @@ class Call {
   Towers towers_{};
   std::vector<Parameter> parameters_;
   std::vector<const void*> pointers_;  // parameter-major: [num_parameters, towers_.count]
-  int32_t device_type_ = 0;
-  int32_t device_index_ = -1;
+
+  std::vector<TensorView> out_views_;
+  std::vector<void*> out_data_;
+  std::vector<TensorView> layouts_;       // out_views_, or a dense temporary for an out with gaps
+  std::vector<Extent> gradient_extents_;  // of those that are not out itself
   std::vector<TensorHandle> temporaries_;
-  std::vector<std::pair<int64_t, AtenTensorHandle>> gapped_;  // parameter, its dense temporary
+  int32_t device_type_ = aoti_torch_device_type_cpu();
+  int32_t device_index_ = -1;
 };
 
 // The sibling's three results, zero-filled on the call's device. `pointers()` speak of the towers

@@ -22,10 +22,11 @@ def build_info() -> dict[str, str | bool]:
     Returns:
         ``version``: the package's version; ``built_with_torch``: the torch whose headers were used (the binary
         serves every torch >= 2.11); ``compiler``; ``cuda``: whether CUDA kernels are built in;
-        ``cuda_architectures``: for which architectures, empty without CUDA.
+        ``cuda_architectures``: for which architectures, empty without CUDA; ``cpu_kernels``: the instruction
+        set that this machine's CPU kernels use.
 
     Example:
         >>> sorted(build_info())
-        ['built_with_torch', 'compiler', 'cuda', 'cuda_architectures', 'version']
+        ['built_with_torch', 'compiler', 'cpu_kernels', 'cuda', 'cuda_architectures', 'version']
     """
     return _C.build_info()

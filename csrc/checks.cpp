@@ -1,0 +1,280 @@
+#include "checks.h"
+
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+
+#include "describe.h"
+#include "weights.h"
+
+namespace torchtower {
+
+namespace {
+
+std::vector<double> take_doubles(StableIValue argument) {
+  const auto list = torch::stable::detail::to<StableListHandle>(argument);
+  size_t size = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  std::vector<double> doubles(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    doubles[i] = torch::stable::detail::to<double>(element);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  return doubles;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes);
+}
+
+// Two layouts of one shape: a dimension of size 1 has no stride worth comparing.
+bool same_layout(const TensorView& tensor, const int64_t* strides) {
+  for (int64_t d = 0; d < tensor.dim; ++d) {
+    if (tensor.strides[d] != strides[d] && tensor.sizes[d] > 1) return false;
+  }
+  return true;
+}
+
+int64_t count_elements(const TensorView& tensor) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < tensor.dim; ++d) numel *= tensor.sizes[d];
+  return numel;
+}
+
+StrideVector contiguous_strides(const TensorView& tensor) {
+  StrideVector strides(tensor.dim);
+  int64_t stride = 1;
+  for (int64_t d = tensor.dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= tensor.sizes[d];
+  }
+  return strides;
+}
+
+Placement placement(const TensorView& tensor, const void* data) {
+  return {reinterpret_cast<uintptr_t>(data), tensor.sizes, tensor.strides, tensor.dim,
+          static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype))};
+}
+
+// Copies into and out of temporaries are no part of anybody's graph.
+class NoGradGuard {
+ public:
+  NoGradGuard() : before_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  bool before_;
+};
+
+}  // namespace
+
+Call::Call(const char* function, StableIValue* stack)
+    : function_(function), out_(stack[0]), grads_(stack[1]), weights_(take_doubles(stack[2])) {
+  normalise_weights();
+  read_outputs();
+  read_gradients();
+  refuse_overlaps();
+}
+
+void Call::fail(const std::string& message) const {
+  throw std::invalid_argument(std::string(function_) + ": " + message);
+}
+
+void Call::normalise_weights() {
+  const std::string complaint = describe_bad_weights(weights_);
+  if (!complaint.empty()) fail(complaint);
+  if (grads_.size() != num_towers_given() * out_.size()) {
+    std::ostringstream message;
+    message << "expected " << num_towers_given() * out_.size()
+            << " gradients, tower-major (as many towers as weights, " << num_towers_given()
+            << ", times as many parameters as outputs, " << out_.size() << "), but got "
+            << grads_.size();
+    fail(message.str());
+  }
+  NormalWeights normal = normalise(weights_);
+  towers_read_ = std::move(normal.towers_read);
+  weights_read_ = std::move(normal.weights);
+  towers_ = {static_cast<int64_t>(towers_read_.size()), normal.rule, weights_read_.data()};
+}
+
+void Call::read_outputs() {
+  const NoGradGuard no_grad;
+  for (int64_t p = 0; p < out_.size(); ++p) {
+    const TensorView out(out_[p]);
+    if (p == 0) {
+      device_type_ = out.device_type;
+      device_index_ = out.device_index;
+    }
+    if (out.device_type != device_type_ || out.device_index != device_index_) {
+      fail("expected every tensor on " + describe_device(device_type_, device_index_) +
+           ", where parameter 0's output is, but parameter " + std::to_string(p) +
+           "'s output is on " + describe_device(out.device_type, out.device_index));
+    }
+    const RealDType* real = find_real_dtype(out.dtype);
+    if (real == nullptr) {
+      fail("expected parameter " + std::to_string(p) +
+           "'s output to have dtype float32, float64, float16, bfloat16, complex64 or complex128, "
+           "but got " +
+           describe_dtype(out.dtype));
+    }
+    // Every output's pointer is taken before any gradient's: asking for a writable pointer gives a
+    // lazily cloned tensor memory of its own.
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(out.handle, &data));
+    out_views_.push_back(out);
+    out_data_.push_back(data);
+    TensorView layout = out;
+    switch (density(placement(out, data))) {
+      case Density::kDense:
+        break;
+      case Density::kGapped:
+        temporaries_.push_back(empty_strided_like(out, contiguous_strides(out)));
+        layout = TensorView(temporaries_.back().get());
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(layout.handle, &data));
+        break;
+      case Density::kSelfOverlap:
+        fail(
+            "expected the elements of parameter " + std::to_string(p) +
+            "'s output to lie apart in memory, but its strides let them overlap (is it expanded?)");
+    }
+    layouts_.push_back(layout);
+    const int64_t numel = count_elements(out) * real->reals_per_element;
+    parameters_.push_back({data, nullptr, numel, real->dtype, real->dtype});
+  }
+}
+
+void Call::check_gradient(const TensorView& grad, int64_t tower, int64_t index) const {
+  const TensorView& out = out_views_[index];
+  const auto whose = [&] {
+    return "tower " + std::to_string(tower) + "'s gradient of parameter " + std::to_string(index);
+  };
+  const auto expected = [&](const std::string& what, const std::string& got) {
+    fail("expected every tower's gradient of parameter " + std::to_string(index) + " to have " +
+         what + ", but tower " + std::to_string(tower) + "'s has " + got);
+  };
+  if (grad.device_type != device_type_ || grad.device_index != device_index_) {
+    fail("expected every tensor on " + describe_device(device_type_, device_index_) +
+         ", where parameter 0's output is, but " + whose() + " is on " +
+         describe_device(grad.device_type, grad.device_index));
+  }
+  if (!same_shape(grad, out)) expected("shape " + describe_shape(out), describe_shape(grad));
+  if (grad.dtype == out.dtype && tower == 0) return;
+  const RealDType* real = find_real_dtype(grad.dtype);
+  if (real == nullptr) {
+    fail("expected " + whose() +
+         " to have dtype float32, float64, float16, bfloat16, complex64 or complex128, but got " +
+         describe_dtype(grad.dtype));
+  }
+  const bool is_half = real->dtype == DType::kFloat16 || real->dtype == DType::kBFloat16;
+  const bool widens = is_half && out.dtype == aoti_torch_dtype_float32();
+  if (tower == 0 && !widens) {
+    expected("the output's dtype, " + describe_dtype(out.dtype), describe_dtype(grad.dtype));
+  }
+  const int32_t first = TensorView(grads_[index]).dtype;
+  if (grad.dtype != first) {
+    expected("dtype " + describe_dtype(first) + ", as tower 0's", describe_dtype(grad.dtype));
+  }
+}
+
+const void* Call::as_laid_out(const TensorView& grad, const TensorView& layout) {
+  AtenTensorHandle source = grad.handle;
+  if (!same_layout(grad, layout.strides)) {
+    const StrideVector strides(layout.strides, layout.strides + layout.dim);
+    temporaries_.push_back(empty_strided_like(grad, strides));
+    source = temporaries_.back().get();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(source, grad.handle, 0));
+  }
+  const void* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(source, &data));
+  return data;
+}
+
+void Call::read_gradients() {
+  const NoGradGuard no_grad;
+  const int64_t num = num_parameters();
+  const int64_t count = towers_.count;
+  pointers_.resize(num * count);
+  gradient_extents_.reserve(grads_.size());
+  int64_t row = 0;  // among the towers that are read
+  for (int64_t t = 0; t < num_towers_given(); ++t) {
+    const bool is_read = row < count && towers_read_[row] == t;
+    for (int64_t p = 0; p < num; ++p) {
+      const TensorView grad(grads_[t * num + p]);
+      check_gradient(grad, t, p);
+      if (t == 0) parameters_[p].dtype = find_real_dtype(grad.dtype)->dtype;
+      const void* data = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &data));
+      const bool is_out = data == out_data_[p] && grad.dtype == out_views_[p].dtype &&
+                          same_layout(grad, out_views_[p].strides);
+      if (!is_out) gradient_extents_.push_back(extent(placement(grad, data), t * num + p));
+      if (is_read) pointers_[p * count + row] = as_laid_out(grad, layouts_[p]);
+    }
+    row += is_read;
+  }
+  for (int64_t p = 0; p < num; ++p) parameters_[p].grads = pointers_.data() + p * count;
+}
+
+std::string Call::find_overlap(bool exact) const {
+  std::vector<Extent> outs;
+  for (int64_t p = 0; p < num_parameters(); ++p) {
+    const Placement out = placement(out_views_[p], out_data_[p]);
+    if (exact) {
+      append_runs(out, p, outs);
+    } else if (parameters_[p].numel > 0) {
+      outs.push_back(extent(out, p));
+    }
+  }
+  const Conflict conflict = sort_and_find_conflict(outs);
+  if (conflict.first >= 0) {
+    return "the outputs of parameters " + std::to_string(conflict.first) + " and " +
+           std::to_string(conflict.second);
+  }
+  ExtentSearch search(outs);
+  std::vector<Extent> pieces(1);
+  for (const Extent& grad : gradient_extents_) {
+    pieces.assign(1, grad);
+    if (exact && search.find(grad) != nullptr) {
+      const TensorView view(grads_[grad.index]);
+      pieces.clear();
+      append_runs(placement(view, reinterpret_cast<const void*>(grad.begin)), grad.index, pieces);
+    }
+    for (const Extent& piece : pieces) {
+      const Extent* out = piece.begin == piece.end ? nullptr : search.find(piece);
+      if (out == nullptr) continue;
+      return "parameter " + std::to_string(out->index) + "'s output and tower " +
+             std::to_string(grad.index / num_parameters()) + "'s gradient of parameter " +
+             std::to_string(grad.index % num_parameters());
+    }
+  }
+  return "";
+}
+
+// Tensors with gaps may interleave, so what their extents suspect is looked at run by run.
+void Call::refuse_overlaps() const {
+  if (find_overlap(/*exact=*/false).empty()) return;
+  const std::string overlap = find_overlap(/*exact=*/true);
+  if (!overlap.empty()) {
+    fail(
+        "expected each output to share memory with nothing but, whole, its own parameter's "
+        "gradients, but " +
+        overlap + " overlap in part");
+  }
+}
+
+void Call::finish() {
+  const NoGradGuard no_grad;
+  for (int64_t p = 0; p < num_parameters(); ++p) {
+    if (layouts_[p].handle == out_views_[p].handle) continue;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out_views_[p].handle, layouts_[p].handle, 0));
+  }
+}
+
+}  // namespace torchtower

@@ -1,0 +1,45 @@
+#include "weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+namespace torchtower {
+
+std::string describe_bad_weights(const std::vector<double>& weights) {
+  if (weights.empty()) return "expected a weight for each tower, but got none";
+  std::ostringstream message;
+  for (size_t t = 0; t < weights.size(); ++t) {
+    if (!(weights[t] >= 0) || std::isinf(weights[t])) {
+      message << "expected every weight to be finite and at least 0, but tower " << t << "'s is "
+              << weights[t];
+      return message.str();
+    }
+  }
+  if (std::all_of(weights.begin(), weights.end(), [](double w) { return w == 0; })) {
+    message << "expected a tower with a weight above 0, but all " << weights.size()
+            << " weights are 0";
+  }
+  return message.str();
+}
+
+NormalWeights normalise(const std::vector<double>& weights) {
+  NormalWeights normal{Rule::kWeighted, {}, {}};
+  for (size_t t = 0; t < weights.size(); ++t) {
+    if (weights[t] == 0) continue;
+    normal.towers_read.push_back(static_cast<int64_t>(t));
+    normal.weights.push_back(weights[t]);
+  }
+  const auto all_are = [&](double value) {
+    return std::all_of(normal.weights.begin(), normal.weights.end(),
+                       [=](double w) { return w == value; });
+  };
+  if (all_are(1.0)) {
+    normal.rule = Rule::kSum;
+  } else if (all_are(1.0 / static_cast<double>(normal.weights.size()))) {
+    normal.rule = Rule::kMean;
+  }
+  return normal;
+}
+
+}  // namespace torchtower
