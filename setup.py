@@ -27,11 +27,7 @@ class CMakeBuild(build_ext):
             SystemExit: CMake is missing, or torch is not installed in this environment.
         """
         # A persistent folder of ours, never setuptools' temporary one: it is what makes a second build a no-op.
-        build = (
-            ROOT
-            / "build"
-            / f"{sys.implementation.cache_tag}-{'debug' if self.debug else 'release'}"
-        )
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'debug' if self.debug else 'release'}"
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
         environment = self._environment()
         configure = [
@@ -44,17 +40,11 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(configure, check=True, env=environment)
             subprocess.run(["cmake", "--build", build], check=True, env=environment)
-            subprocess.run(
-                ["cmake", "--install", build, "--prefix", prefix], check=True, env=environment
-            )
+            subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True, env=environment)
         except FileNotFoundError:
-            sys.exit(
-                "torchtower: expected cmake on PATH to build the extension: pip install cmake ninja pybind11"
-            )
+            sys.exit("torchtower: expected cmake on PATH to build the extension: pip install cmake ninja pybind11")
         except subprocess.CalledProcessError as error:
-            sys.exit(
-                f"torchtower: the native build stopped (exit status {error.returncode}); the reason stands above"
-            )
+            sys.exit(f"torchtower: the native build stopped (exit status {error.returncode}); the reason stands above")
 
     @staticmethod
     def _environment() -> dict[str, str]:

@@ -1,5 +1,14 @@
 """Train one ``nn.Module`` on every device of a machine from one process, and hold every tower's gradient."""
 
 from torchtower._extension import build_info
+from torchtower.averaging import average_gradients, stack_gradients
+from torchtower.parallel import TowerParallel
+from torchtower.workers import current_tower
 
-__all__ = ["build_info"]
+__all__ = [
+    "TowerParallel",
+    "average_gradients",
+    "build_info",
+    "current_tower",
+    "stack_gradients",
+]

@@ -1,0 +1,366 @@
+"""The autograd bridge: one node in the user's graph stands for all towers' local graphs.
+
+Note [The bridge]
+A tower's forward builds a graph of its own on leaves of its own (its replica's parameters, its rows of the inputs). One
+``torch.autograd.Function`` joins these graphs to the user's: its inputs are the user's parameters and inputs, its
+outputs the joined outputs. Its backward hands every tower its part of the output gradients, runs the local backwards in
+the towers' threads (the engine would run them one after the other on a CPU), joins what they leave and returns it. So
+hooks on the user's parameters, ``torch.autograd.grad``, accumulation and frozen parameters work by PyTorch's own rules.
+
+What crosses the bridge does so through ports. A port knows how a value on the main side becomes one a tower and back:
+- shared: the same value for every tower; back, the weighted sum over towers (parameters, and each tower's loss).
+- rows: a part for each tower; back, the parts one after the other (inputs, gathered outputs).
+- solo: the main tower's alone (a tensor with a graph that its forward left in an attribute).
+The towers' weights are applied only on the way back to the main side, never on the way in: what a tower computes is the
+gradient of its own loss, unscaled.
+
+Double backward needs nothing new: the local gradients are outputs of local graphs again, so they become the outputs of
+a second bridge, whose inputs are the first one's and the output gradients. All bridges of one forward are a family: their
+local graphs overlap, so once one of them has run with ``create_graph`` none frees its graph before the end of the outer
+backward.
+
+The node saves no tensor: whether a graph may be walked a second time, the local engine says, as it does for the plain
+module. Its context refers to the main inputs and the local graphs, and to nothing that refers back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtower.averaging import Grad, weighted_sum
+from torchtower.scatter_gather import cat_rows
+from torchtower.workers import TowerPool, current_tower
+
+_autograd: Any = torch._C._autograd
+
+
+@dataclass(frozen=True)
+class Port:
+    """How one value crosses the bridge; see Note [The bridge].
+
+    Args:
+        kind: ``"shared"``, ``"rows"`` or ``"solo"``.
+        device: where its value on the main side lives.
+        sizes: of rows: how many each tower has along ``dim``; None for 0-d tensors, one element a tower.
+        dim: of rows.
+    """
+
+    kind: str
+    device: torch.device
+    sizes: tuple[int, ...] | None = None
+    dim: int = 0
+
+    def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:
+        """The part of ``value`` that each tower gets, still on the main side's device."""
+        if self.kind == "shared":
+            return [value] * len(weights)
+        if self.kind == "solo":  # undoes the weight that the way back applies: nobody asked for one here
+            own = value / weights[0] if weights[0] else None
+            return [own, *[None] * (len(weights) - 1)]
+        if self.sizes is None:
+            return list(value.unbind())
+        return list(torch.split(value, list(self.sizes), self.dim))
+
+
+@dataclass
+class Family:
+    """What the bridges of one forward have in common.
+
+    Args:
+        pool: the towers' threads.
+        weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
+        on_backward: told of every backward, after which trainable parameters may change.
+    """
+
+    pool: TowerPool
+    weights: list[float]
+    on_backward: Callable[[], None]
+    keeps_graphs: bool = False
+    # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
+    bridges: list[weakref.ref[Bridge]] = field(default_factory=list)
+
+    def keep_until_end_of_backward(self, keep_for_good: bool) -> None:
+        """From now on local backwards keep their graphs; they are freed when the outer backward ends."""
+        self.keeps_graphs = True
+        if not keep_for_good:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._free)
+
+    def _free(self) -> None:
+        for reference in self.bridges:
+            if (bridge := reference()) is not None:
+                bridge.free()
+
+
+class Bridge:
+    """Local graphs of all towers, between what goes in and what comes out.
+
+    Args:
+        family: the forward that it belongs to.
+        in_ports: of its inputs.
+        local_inputs: tower-major leaves; None where a tower has none.
+        out_ports: of its outputs.
+        local_outputs: tower-major; None where a tower has no such output.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        in_ports: Sequence[Port],
+        local_inputs: list[list[Grad]],
+        out_ports: Sequence[Port],
+        local_outputs: list[list[Grad]],
+    ) -> None:
+        self._family = family
+        self._in_ports = list(in_ports)
+        self._inputs = local_inputs
+        self._requires_grad = [[leaf is not None and leaf.requires_grad for leaf in leaves] for leaves in local_inputs]
+        self._out_ports = list(out_ports)
+        self._outputs: list[list[Grad]] | None = local_outputs
+        family.bridges.append(weakref.ref(self))
+
+    def connect(self, main_inputs: Sequence[Tensor]) -> list[Grad]:
+        """Join the local outputs and give them their place in the user's graph."""
+        outputs = self._alive()
+        values = join(self._out_ports, outputs, self._family.weights)
+        crossing = [
+            index
+            for index, value in enumerate(values)
+            if value is not None and any((part := tower[index]) is not None and part.requires_grad for tower in outputs)
+        ]
+        if crossing and torch.is_grad_enabled():
+            self._out_ports = [self._out_ports[index] for index in crossing]
+            self._outputs = [[tower[index] for index in crossing] for tower in outputs]
+            # A 0-element input that requires grad: what the towers return may need gradients where no input does.
+            ticket = torch.empty(0, requires_grad=True)
+            carried = [values[index] for index in crossing]
+            connected = _BridgeNode.apply(self, carried, ticket, *main_inputs)  # type: ignore[no-untyped-call]
+            for index, value in zip(crossing, connected, strict=True):
+                values[index] = value
+        else:
+            self.free()
+        return values
+
+    def backward(self, main_inputs: Sequence[Tensor], grads: Sequence[Grad]) -> list[Grad]:
+        """From gradients of the outputs to gradients of the inputs."""
+        if current_tower() is not None:
+            raise RuntimeError(
+                "TowerParallel: expected the backward of a wrapped module's output outside of its towers, but it was "
+                "started in the forward of one; detach what an earlier forward left behind"
+            )
+        self._family.on_backward()
+        outputs = self._alive()
+        with torch.no_grad():
+            local_grads = self._local_grads(outputs, grads)
+        keep = _autograd._get_current_graph_task_keep_graph()
+        if torch.is_grad_enabled():
+            return self._differentiable_backward(main_inputs, grads, local_grads, keep)
+        keep = keep or self._family.keeps_graphs
+        jobs = [
+            _LocalBackward(*parts, keep)
+            for parts in zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True)
+        ]
+        return join(self._in_ports, self._family.pool.run(jobs), self._family.weights, in_place=True)
+
+    def _local_grads(self, outputs: list[list[Grad]], grads: Sequence[Grad]) -> list[list[Grad]]:
+        columns: list[list[Grad]] = []
+        for index, (port, grad) in enumerate(zip(self._out_ports, grads, strict=True)):
+            if grad is None:
+                columns.append([None] * len(outputs))
+                continue
+            parts = port.to_towers(grad, self._family.weights)
+            columns.append([_like(part, tower[index]) for part, tower in zip(parts, outputs, strict=True)])
+        return [list(tower) for tower in zip(*columns, strict=True)]
+
+    def _differentiable_backward(
+        self,
+        main_inputs: Sequence[Tensor],
+        grads: Sequence[Grad],
+        local_grads: list[list[Grad]],
+        keep: bool,
+    ) -> list[Grad]:
+        self._family.keep_until_end_of_backward(keep)
+        given = [index for index, grad in enumerate(grads) if grad is not None]
+        main_grads = [grad for grad in grads if grad is not None]
+        cotangents = [
+            [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
+        ]
+        jobs = [
+            _LocalGrad([outputs[i] for i in given], *rest)
+            for outputs, *rest in zip(self._alive(), cotangents, self._inputs, self._requires_grad, strict=True)
+        ]
+        second = Bridge(
+            self._family,
+            [*self._in_ports, *[self._out_ports[i] for i in given]],
+            [[*a, *b] for a, b in zip(self._inputs, cotangents, strict=True)],
+            self._in_ports,
+            self._family.pool.run(jobs),
+        )
+        return second.connect([*main_inputs, *main_grads])
+
+    def _alive(self) -> list[list[Grad]]:
+        if self._outputs is None:
+            raise RuntimeError(
+                "TowerParallel: Trying to backward through the graph a second time, but the towers' graphs have been "
+                "freed. Specify retain_graph=True if you need to backward through the graph a second time."
+            )
+        return self._outputs
+
+    def free(self) -> None:
+        """Let go of the local graphs."""
+        self._outputs = None
+
+
+class _BridgeNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bridge: Bridge, values: list[Tensor], ticket: Tensor, *main_inputs: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.bridge = bridge
+        ctx.main_inputs = main_inputs
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Grad) -> Any:
+        return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, grads))
+
+
+class _LocalBackward:
+    """One tower's backward into its leaves, in its thread."""
+
+    def __init__(
+        self,
+        outputs: list[Grad],
+        grads: list[Grad],
+        leaves: list[Grad],
+        requires_grad: list[bool],
+        keep_graph: bool,
+    ) -> None:
+        self._pairs = _roots(outputs, grads)
+        self._leaves = leaves
+        self._requires_grad = requires_grad
+        self._keep_graph = keep_graph
+
+    def __call__(self) -> list[Grad]:
+        if not self._pairs:
+            return [None] * len(self._leaves)
+        roots, grads = zip(*self._pairs, strict=True)
+        leaves = [leaf for leaf in self._leaves if leaf is not None]
+        # The flags of this forward; the user may have frozen or thawed parameters since.
+        now = [leaf.requires_grad for leaf in leaves]
+        then = [f for leaf, f in zip(self._leaves, self._requires_grad, strict=True) if leaf is not None]
+        # The node runs in the engine's thread of the main device; with that engine's threads the main tower's graph
+        # would wait for the very thread that waits for it.
+        with torch.autograd.set_multithreading_enabled(False):
+            try:
+                _set_requires_grad(leaves, now, then)
+                torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
+                return [None if leaf is None else leaf.grad for leaf in self._leaves]
+            finally:
+                for leaf in leaves:
+                    leaf.grad = None
+                _set_requires_grad(leaves, then, now)
+
+
+class _LocalGrad:
+    """One tower's backward as a graph of its own, in its thread."""
+
+    def __init__(
+        self,
+        outputs: list[Grad],
+        grads: list[Grad],
+        leaves: list[Grad],
+        requires_grad: list[bool],
+    ) -> None:
+        self._pairs = _roots(outputs, grads)
+        self._leaves = leaves
+        self._requires_grad = requires_grad
+
+    def __call__(self) -> list[Grad]:
+        results: list[Grad] = [None] * len(self._leaves)
+        wanted = [i for i, flag in enumerate(self._requires_grad) if flag]
+        if self._pairs and wanted:
+            roots, grads = zip(*self._pairs, strict=True)
+            leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]
+            with torch.autograd.set_multithreading_enabled(False):
+                found = torch.autograd.grad(roots, leaves, grads, create_graph=True, allow_unused=True)
+            for index, grad in zip(wanted, found, strict=True):
+                results[index] = grad
+        return results
+
+
+def join(
+    ports: Sequence[Port],
+    local_values: list[list[Grad]],
+    weights: list[float],
+    *,
+    in_place: bool = False,
+) -> list[Grad]:
+    """Bring the towers' values to the main side; None where no tower has one.
+
+    Args:
+        ports: one a value.
+        local_values: tower-major.
+        weights: of the towers.
+        in_place: the towers' values are nobody else's and may be written to.
+    """
+    results: list[Grad] = [None] * len(ports)
+    with torch.no_grad():
+        shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
+        columns = [[tower[index] for index in shared] for tower in local_values]
+        sums = weighted_sum(columns, weights, in_place=in_place, function="TowerParallel")
+        for index, total in zip(shared, sums, strict=True):
+            results[index] = total
+        for index, port in enumerate(ports):
+            if port.kind == "rows":
+                results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
+            elif port.kind == "solo" and (value := local_values[0][index]) is not None:
+                results[index] = value.detach()
+    return results
+
+
+def _join_rows(port: Port, parts: list[Grad], weights: list[float]) -> Grad:
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    whole = []
+    for tower, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        if part is None:
+            shape = list(like.shape)
+            if port.sizes is not None:
+                shape[port.dim] = port.sizes[tower]
+            part = like.new_zeros(shape, device=port.device)
+        part = part.detach().to(port.device, non_blocking=True)
+        whole.append(part if weight == 1 else part * weight)
+    if len(whole) == 1 and port.sizes is not None:
+        return whole[0]
+    return cat_rows(whole, port.dim)
+
+
+def _like(part: Grad, output: Grad) -> Grad:
+    if part is None or output is None:
+        return None
+    return part.detach().to(output.device, non_blocking=True)
+
+
+def _leaf(part: Grad, main: Tensor) -> Any:
+    return None if part is None else part.detach().requires_grad_(main.requires_grad)
+
+
+def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if output is not None and grad is not None and output.requires_grad
+    ]
+
+
+def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:
+    for leaf, old, new in zip(leaves, before, after, strict=True):
+        if old is not new:
+            leaf.requires_grad_(new)

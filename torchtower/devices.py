@@ -1,0 +1,96 @@
+"""Which devices the towers run on: read what users write, refuse what does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+DeviceId = int | str | torch.device
+
+
+def parse_device_ids(
+    device_ids: Sequence[DeviceId] | None, function: str = "TowerParallel"
+) -> tuple[torch.device, ...]:
+    """Turn ``device_ids`` into one device a tower.
+
+    Args:
+        device_ids: what ``nn.DataParallel`` takes (indices of the accelerator's devices, ``torch.device``, names),
+            and ``"cpu"``, repeatedly: each entry is one tower. None: every device of the accelerator, or one CPU
+            tower where there is none.
+        function: the name that errors begin with.
+
+    Returns:
+        The towers' devices in tower order; the first is the main tower's. An accelerator's device always carries
+        its index.
+
+    Raises:
+        ValueError: no entry, a device that does not exist, or devices of more than one type.
+        TypeError: an entry is neither int, str nor ``torch.device``.
+
+    Example:
+        >>> parse_device_ids(["cpu", "cpu"])
+        (device(type='cpu'), device(type='cpu'))
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device_ids is None:
+        if accelerator is None:
+            return (torch.device("cpu"),)
+        count = torch.accelerator.device_count()
+        return tuple(torch.device(accelerator.type, index) for index in range(count))
+    if isinstance(device_ids, (str, int, torch.device)):
+        device_ids = [device_ids]
+    devices = tuple(_parse(entry, accelerator, function) for entry in device_ids)
+    if not devices:
+        raise ValueError(f"{function}: expected device_ids to name at least one device, but got []")
+    if len({device.type for device in devices}) > 1:
+        raise ValueError(
+            f"{function}: expected all towers on devices of one type, but got device_ids "
+            f"{[str(device) for device in devices]}"
+        )
+    return devices
+
+
+def _parse(entry: DeviceId, accelerator: torch.device | None, function: str) -> torch.device:
+    if isinstance(entry, bool) or not isinstance(entry, (int, str, torch.device)):
+        raise TypeError(
+            f"{function}: expected device_ids of int, str or torch.device, "
+            f"but got {entry!r} of type {type(entry).__name__}"
+        )
+    if isinstance(entry, int):
+        if accelerator is None:
+            raise ValueError(
+                f"{function}: expected device_ids={entry} to be an accelerator's device, but this machine has no "
+                "accelerator; name CPU towers as device_ids=['cpu', 'cpu']"
+            )
+        device = torch.device(accelerator.type, entry) if entry >= 0 else None
+    else:
+        try:
+            device = torch.device(entry)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{function}: expected device_ids to name devices, but got {entry!r}: {str(error).splitlines()[0]}"
+            ) from None
+    return _existing(device, entry, accelerator, function)
+
+
+def _existing(
+    device: torch.device | None,
+    entry: DeviceId,
+    accelerator: torch.device | None,
+    function: str,
+) -> torch.device:
+    if device is not None and device.type == "cpu":
+        return torch.device("cpu")
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    if device is not None and accelerator is not None and device.type == accelerator.type:
+        index = torch.accelerator.current_device_index() if device.index is None else device.index
+        if index < count:
+            return torch.device(device.type, index)
+    known = ["cpu"] + [f"{accelerator}:{index}" for index in range(count)]
+    raise ValueError(f"{function}: expected device_ids among {known}, but got {entry!r}, which does not exist here")
+
+
+def one_device_type(devices: Sequence[torch.device]) -> str:
+    """The type that all towers' devices share."""
+    return devices[0].type

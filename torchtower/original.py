@@ -1,0 +1,177 @@
+"""The wrapped module as its replicas see it: what it is made of, and whether that has changed since last time.
+
+Reads the user's module and never writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torchtower.rewrite import CONTAINERS
+
+# The dicts that every module has: parameters, buffers, submodules and hooks by kind.
+MODULE_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+# A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
+_SMALL = 64
+
+
+class Watch:
+    """Remembers what groups of dicts and lists hold, by identity.
+
+    Args:
+        groups: the containers of each group; a group is what `changed` tells apart.
+    """
+
+    def __init__(self, groups: Iterable[Iterable[Any]]) -> None:
+        self._groups = [list(group) for group in groups]
+        self._containers = list(chain.from_iterable(self._groups))
+        self.remember()
+
+    def remember(self) -> None:
+        """Take today's contents for the unchanged ones."""
+        self._lengths = list(map(len, self._containers))
+        self._filled = [container for container in self._containers if container]
+        self._contents = list(chain.from_iterable(map(_values, self._filled)))
+
+    def changed(self) -> list[int]:
+        """Which groups hold other objects than were remembered; costs little when none does."""
+        contents = chain.from_iterable(map(_values, self._filled))
+        lengths = list(map(len, self._containers))
+        if lengths == self._lengths and all(map(is_, contents, self._contents)):
+            return []
+        return [index for index, same in enumerate(self._compared()) if not same]
+
+    def _compared(self) -> Iterator[bool]:
+        lengths, contents = iter(self._lengths), iter(self._contents)
+        for group in self._groups:
+            same = True
+            for container in group:
+                before = list(islice(contents, next(lengths)))
+                now = list(_values(container))
+                same = same and len(now) == len(before) and all(map(is_, now, before))
+            yield same
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+class Original:
+    """The modules, parameters and buffers that replicas are made from.
+
+    Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and stand in
+    plain attributes, lists and dicts count too, as the plain module would train them.
+
+    Args:
+        module: the user's module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.discover()
+
+    def discover(self) -> None:
+        """Walk the module anew."""
+        self.modules: list[nn.Module] = []
+        self.containers: dict[int, list[Any]] = {}  # of each module, by its id
+        parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
+        buffers: dict[int, Tensor] = {}
+        seen: set[int] = set()
+        pending = [self.module]
+        while pending:
+            module = pending.pop()
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            self.modules.append(module)
+            found, self.containers[id(module)] = _contents(module)
+            for value in found:
+                if isinstance(value, nn.Module):
+                    if not self._is_ancestor(value):
+                        pending.append(value)
+                elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
+                    parameters.setdefault(id(value), value)
+                elif value is not None:
+                    buffers.setdefault(id(value), value)
+        self.parameters = list(parameters.values())
+        self.buffers = [b for b in buffers.values() if id(b) not in parameters]
+        self._watch = Watch(map(self._watched, self.modules))
+        self._tensors = self._tensor_facts()
+
+    def _is_ancestor(self, module: nn.Module) -> bool:
+        # A child that keeps [parent] in an attribute must not make us replicate whatever contains us.
+        return module is not self.module and any(m is self.module for m in module.modules())
+
+    def _watched(self, module: nn.Module) -> Iterator[Any]:
+        yield module.__dict__
+        for name in MODULE_DICTS:
+            yield module.__dict__[name]
+        yield from self.containers[id(module)]
+
+    def changes(self) -> list[nn.Module] | None:
+        """What has changed since this was last asked.
+
+        Returns:
+            The modules whose attributes or hooks have; None where modules, parameters or buffers themselves have come,
+            gone, moved or changed their ``requires_grad``, and all was discovered anew.
+        """
+        if self._tensor_facts() != self._tensors:
+            self.discover()
+            return None
+        changed = [self.modules[index] for index in self._watch.changed()]
+        if not changed:
+            return []
+        before = self._everything()
+        self.discover()
+        after = self._everything()
+        same = len(before) == len(after) and all(map(is_, before, after))
+        return changed if same else None
+
+    def _everything(self) -> list[object]:
+        return [*self.modules, None, *self.parameters, None, *self.buffers]
+
+    def remember(self) -> None:
+        """Take changes of our own making for seen."""
+        self._watch.remember()
+
+    def _tensor_facts(self) -> list[Any]:
+        # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
+        return [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in self.parameters]
+
+
+def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The modules and tensors that a module's attributes hold, and the small containers they stand in."""
+    if is_lazy_module(module):
+        raise ValueError(
+            f"TowerParallel: expected every parameter to have a shape, but {type(module).__name__} is lazy; "
+            "run one batch through the plain module first"
+        )
+    found: list[Any] = []
+    containers: list[Any] = []
+    pending = [value for name, value in module.__dict__.items() if name not in MODULE_DICTS]
+    found.extend(module._parameters.values())
+    found.extend(module._buffers.values())
+    found.extend(module._modules.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (nn.Module, Tensor)):
+            found.append(value)
+        elif type(value) in CONTAINERS and len(value) <= _SMALL:
+            if not any(value is container for container in containers):
+                containers.append(value)
+                pending.extend(_values(value))
+        elif isinstance(value, tuple):
+            pending.extend(value)
+    return [value for value in found if value is not None], containers
+
+
+def is_lazy_module(module: nn.Module) -> bool:
+    """Whether some parameter or buffer has no shape yet."""
+    tensors = chain(module._parameters.values(), module._buffers.values())
+    return any(tensor is not None and is_lazy(tensor) for tensor in tensors)

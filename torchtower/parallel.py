@@ -1,0 +1,256 @@
+"""`TowerParallel`: one module, a replica on every device, one set of parameters for the optimizer."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtower._extension import build_info
+from torchtower.averaging import normalized_weights
+from torchtower.bridge import Port
+from torchtower.devices import DeviceId, parse_device_ids
+from torchtower.scatter_gather import gather_structure, map_tensors
+from torchtower.shards import Shards
+from torchtower.towers import ForwardResult, Towers
+from torchtower.workers import current_tower
+
+_BUFFER_POLICIES = ("main", "mean")
+
+
+class TowerParallel(nn.DataParallel[nn.Module]):
+    """Run a module's replicas on several devices in parallel, each in a thread of its own (a *tower*).
+
+    Stands in for ``nn.DataParallel``: ``out = model(x)`` splits the batch by rows, runs every tower's forward, and
+    gathers the outputs; ``backward()`` of any loss over them runs every tower's backward in that tower's thread and
+    leaves in ``p.grad`` what the plain module on the whole batch would have. `tower_loss` is the other call style:
+    every tower computes its own loss on its shard, and the gradients are averaged. Both reduce all gradients in one
+    fused native pass.
+
+    With one tower (no ``device_ids`` and no accelerator, say) calls go straight to ``module``.
+
+    Args:
+        module: the module to train. Its parameters and buffers lie on the main tower's device, the first of
+            ``device_ids``, and stay the only ones that an optimizer sees.
+        device_ids: one entry a tower: indices of the accelerator's devices, ``torch.device``, or names, ``"cpu"``
+            repeatedly. None: every device of the accelerator, or one CPU tower where there is none.
+        output_device: where gathered outputs go. None: the main tower's device.
+        dim: along which inputs are split and outputs joined.
+        buffers: whose buffers persist: ``"main"``, the main tower's (as nn.DataParallel's), or ``"mean"``, the mean
+            over towers weighted by rows, of floating-point ones.
+        max_concurrency: how many towers work at once; the others take turns. None: as many as there are cores. It
+            changes no bit of any result.
+
+    Raises:
+        ValueError: devices that do not exist or differ in type; parameters on another device than the main tower's
+            (at the first call); an unknown ``buffers`` policy.
+        RuntimeError: CUDA towers without the CUDA kernels built in.
+
+    Example:
+        >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
+        >>> model(torch.ones(5, 3)).shape
+        torch.Size([5, 2])
+
+    Source:
+        ``torch.nn.DataParallel`` for the interface; the towers of TensorFlow 1's CIFAR-10 tutorial.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[DeviceId] | None = None,
+        output_device: DeviceId | None = None,
+        dim: int = 0,
+        *,
+        buffers: str = "main",
+        max_concurrency: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"TowerParallel: expected an nn.Module, but got {type(module).__name__}")
+        if buffers not in _BUFFER_POLICIES:
+            raise ValueError(f"TowerParallel: expected buffers to be one of {_BUFFER_POLICIES}, but got {buffers!r}")
+        self.devices = parse_device_ids(device_ids)
+        _check_kernels(self.devices)
+        self.module = module
+        self.dim = dim
+        self.device_ids = [d.type if d.index is None else d.index for d in self.devices]
+        main = self.devices[0]
+        self.output_device: Any = main
+        if output_device is not None:
+            (self.output_device,) = parse_device_ids([output_device])
+        self.src_device_obj = main
+        self.buffer_policy = buffers
+        self.max_concurrency = max_concurrency
+        self.tower_losses: list[Tensor] = []
+        self._start()
+
+    def _start(self) -> None:
+        # What pickling and copying leave out, since threads and locks cannot follow.
+        self._towers: Towers | None = None
+        self._lock = threading.RLock()
+        self._closer: weakref.finalize[Any, Any] | None = None
+
+    @property
+    def num_towers(self) -> int:
+        """How many towers there are; a batch with fewer rows leaves the last ones idle."""
+        return len(self.devices)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the module on the whole batch, each tower on its rows.
+
+        Args:
+            *inputs: nested containers (tuples, lists, dicts, dataclasses) of anything. Every tensor is split along
+                ``dim``, as evenly as its rows allow; a tensor without that dimension, or with one row where others
+                have more, goes to every tower, and so does whatever is no tensor.
+            **kwargs: likewise.
+
+        Returns:
+            The module's output, every tensor gathered along ``dim`` on ``output_device``. 0-d outputs become a vector
+            with one element a tower. What is no tensor must be alike in every tower.
+
+        Raises:
+            Exception: what a tower raised; its words name the tower and its device.
+            ValueError: the towers' outputs differ in structure.
+        """
+        if self.num_towers == 1 or current_tower() is not None:
+            return self._forward_alone(inputs, kwargs)
+        shards = Shards((inputs, kwargs), self.num_towers, self.dim)
+        with self._lock:
+            result = self._running().run(_call_module, shards)
+            return self._gather(result)
+
+    def _gather(self, result: ForwardResult) -> Any:
+        columns: list[list[Tensor]] = []
+
+        def collect(parts: list[Tensor], path: str) -> Tensor:
+            columns.append(parts)
+            return parts[0]
+
+        gather_structure(result.outputs, collect)
+        ports = [self._output_port(column) for column in columns]
+        towers = [list(tower) for tower in zip(*columns, strict=True)] or [[] for _ in result.rows]
+        values = iter(result.connect([1.0] * len(result.rows), ports, towers))
+        return gather_structure(result.outputs, lambda parts, path: next(values))
+
+    def _output_port(self, parts: list[Tensor]) -> Port:
+        if parts[0].dim() == 0:
+            return Port("rows", self.output_device)
+        sizes = tuple(part.shape[self.dim] for part in parts)
+        return Port("rows", self.output_device, sizes, self.dim)
+
+    def tower_loss(self, loss_fn: Callable[..., Any], *batch: Any, **kwargs: Any) -> Tensor:
+        """Let every tower compute its own loss on its shard; the result's ``backward()`` averages their gradients.
+
+        The TensorFlow program's way. Each tower's loss is a mean over its own rows; the mean over towers is weighted
+        by rows, so that uneven shards do not change the result.
+
+        Args:
+            loss_fn: called as ``loss_fn(replica, *shard, **shard_kwargs)`` in every tower's thread, with that tower's
+                replica of ``module``. Returns the tower's loss, a tensor of one element, or ``(loss, weight)`` where
+                rows are not the right weight (tokens, say).
+            *batch: split as `forward` splits its inputs.
+            **kwargs: likewise.
+
+        Shape:
+            The loss is 0-d. ``tower_losses`` afterwards holds each tower's own, detached and 0-d, in tower order, of
+            the towers that had rows.
+
+        Returns:
+            The weighted mean of the towers' losses on the main tower's device.
+
+        Raises:
+            Exception: what a tower raised; its words name the tower and its device.
+            ValueError: a loss that has not one element; weights negative, NaN, infinite or all zero.
+
+        Example:
+            >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
+            >>> def loss_fn(replica, x, y):
+            ...     return torch.nn.functional.mse_loss(replica(x), y)
+            >>> loss = model.tower_loss(loss_fn, torch.ones(5, 3), torch.zeros(5, 2))
+            >>> loss.backward()
+            >>> len(model.tower_losses)
+            2
+
+        Source:
+            ``tower_loss`` and ``average_gradients`` of TensorFlow 1's CIFAR-10 tutorial.
+        """
+        if self.num_towers == 1 or current_tower() is not None:
+            loss, _ = _loss_and_weight(loss_fn(self.module, *batch, **kwargs), 0)
+            self.tower_losses = [loss.detach()]
+            return loss
+        shards = Shards((batch, kwargs), self.num_towers, self.dim)
+
+        def call(replica: nn.Module, shard: Any) -> Any:
+            return loss_fn(replica, *shard[0], **shard[1])
+
+        with self._lock:
+            result = self._running().run(call, shards)
+            pairs = [_loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
+            given = [weight for _, weight in pairs]
+            rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
+            raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]
+            weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
+            ports = [Port("shared", self.devices[0])]
+            (mean,) = result.connect(weights, ports, [[loss] for loss, _ in pairs])
+        self.tower_losses = [loss.detach() for loss, _ in pairs]
+        assert mean is not None
+        return mean
+
+    def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
+        main = self.devices[0]
+        if main.type != "cpu" and current_tower() is None:
+            inputs, kwargs = map_tensors(lambda t: t.to(main, non_blocking=True), (inputs, kwargs))
+        return self.module(*inputs, **kwargs)
+
+    def _running(self) -> Towers:
+        if self._towers is None or self._towers.module is not self.module:
+            self.close()
+            self._towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy)
+            # Runs when this wrapper is collected and before the interpreter exits.
+            self._closer = weakref.finalize(self, self._towers.pool.close)
+        return self._towers
+
+    def close(self) -> None:
+        """End the towers' threads and drop the replicas; the next call starts anew."""
+        if self._closer is not None:
+            self._closer()
+        self._towers = self._closer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_towers", "_lock", "_closer")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        state["tower_losses"] = []
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._start()
+
+
+def _call_module(replica: nn.Module, shard: Any) -> Any:
+    return replica(*shard[0], **shard[1])
+
+
+def _loss_and_weight(output: Any, tower: int) -> tuple[Tensor, float | None]:
+    loss, weight = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            "TowerParallel.tower_loss: expected loss_fn to return a tensor of one element, or such a loss and its "
+            f"weight, but tower {tower}'s returned {got}"
+        )
+    return loss.reshape(()), None if weight is None else float(weight)
+
+
+def _check_kernels(devices: Sequence[torch.device]) -> None:
+    if any(device.type == "cuda" for device in devices) and not build_info()["cuda"]:
+        raise RuntimeError(
+            "TowerParallel: expected CUDA kernels for towers on "
+            f"{[str(device) for device in devices]}, but torchtower was built without them; rebuild it where nvcc is "
+            "on PATH: TORCHTOWER_CUDA=ON pip install --no-build-isolation --force-reinstall --no-deps torchtower"
+        )

@@ -1,0 +1,98 @@
+"""Parameter storage of replicas that do not live on the main tower's device.
+
+Laid out in flat buckets of one dtype, so that bringing a replica up to date takes few large copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+class RemoteStorage:
+    """One replica's parameters on a device of its own.
+
+    Args:
+        device: the tower's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buckets: list[Bucket] = []
+
+    def lay_out(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Make room for ``parameters``, each with its own strides; what is in the room comes with `refresh`.
+
+        Returns:
+            One tensor a parameter, whose storage is a part of a bucket.
+        """
+        # Frozen parameters apart: they are copied once, however often the others are.
+        storages: dict[int, Tensor] = {}
+        self._buckets = []
+        for bucket in _buckets(parameters):
+            flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=self._device)
+            offset = 0
+            for parameter in bucket:
+                # .data: a later refresh must not invalidate the graphs of this bucket's other parameters
+                view = flat.as_strided(parameter.shape, _dense_strides(parameter), offset)
+                storages[id(parameter)] = view.data
+                offset += parameter.numel()
+            self._buckets.append(Bucket(flat, bucket))
+        return [storages[id(p)] for p in parameters]
+
+    def refresh(self, stale: bool) -> None:
+        """Copy the parameters that may have changed.
+
+        Args:
+            stale: whether the trainable ones may have, which no counter tells (fused optimizers and ``p.data`` move
+                none).
+        """
+        for bucket in self._buckets:
+            bucket.refresh(stale)
+
+
+class Bucket:
+    """Parameters of one dtype and one ``requires_grad`` that travel together."""
+
+    def __init__(self, flat: Tensor, parameters: list[Tensor]) -> None:
+        self._flat = flat
+        self._parameters = parameters
+        self._versions: list[int] = []
+
+    def refresh(self, stale: bool) -> None:
+        """Copy these parameters in one go, if need be."""
+        versions = [parameter._version for parameter in self._parameters]
+        if versions == self._versions and not (stale and self._parameters[0].requires_grad):
+            return
+        self._versions = versions
+        with torch.no_grad():
+            parts = [_in_memory_order(parameter.detach()) for parameter in self._parameters]
+            source = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._flat.data.copy_(source, non_blocking=True)
+
+
+def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    open_: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    full: list[list[Tensor]] = []
+    for parameter in parameters:
+        key = (parameter.dtype, parameter.requires_grad)
+        bucket = open_.setdefault(key, [])
+        bucket.append(parameter)
+        if sum(p.numel() * p.element_size() for p in bucket) >= _BUCKET_BYTES:
+            full.append(open_.pop(key))
+    return full + list(open_.values())
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(parameter, device="meta").stride()
+
+
+def _in_memory_order(parameter: Tensor) -> Tensor:
+    strides = _dense_strides(parameter)
+    if strides != parameter.stride():
+        parameter = torch.empty_like(parameter).copy_(parameter)
+    return parameter.as_strided((parameter.numel(),), (1,), parameter.storage_offset())

@@ -1,0 +1,209 @@
+"""Tower replicas: module trees that follow the user's module, with leaf parameters of their own.
+
+Note [What a replica shares]
+A replica's modules are new objects of the same classes; their attributes are the original's, translated where they lead
+back into the tree (see rewrite). Its parameters are leaves of their own, so that each tower's backward has somewhere to
+put its gradient; on the main tower's device they alias the original's storage and share its version counter: one set of
+weights for any number of towers, and changing it between forward and backward raises as in the plain module. The main
+tower's replica holds the original's buffers themselves, so that what it writes persists; the others hold copies, made
+afresh before every forward. Replicas live as long as the original keeps its shape: a compiled module must not compile
+again, RNN weights are flattened once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchtower.original import MODULE_DICTS, Original, Watch
+from torchtower.remote import RemoteStorage
+from torchtower.rewrite import Translation
+
+# Where a forward may put something new: the module's attributes, and these dicts.
+_WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
+_DELETED = object()
+
+
+class Written(NamedTuple):
+    """Something that a forward of the main tower's replica left behind."""
+
+    module: nn.Module  # the original's
+    place: str  # "" for a plain attribute, else the name of a dict
+    name: str
+    value: Any
+
+
+class Replica:
+    """One tower's module.
+
+    Args:
+        original: what to follow.
+        device: the tower's device.
+        is_main: whether this is tower 0, whose buffers are the original's.
+        aliases: whether parameters share the original's storage.
+    """
+
+    def __init__(self, original: Original, device: torch.device, *, is_main: bool, aliases: bool) -> None:
+        self.device = device
+        self._original = original
+        self._is_main = is_main
+        self._remote = None if aliases else RemoteStorage(device)
+        self._to_replica = Translation()
+        self._leaf_facts: dict[int, tuple[Any, ...]] = {}
+        self._installed: dict[int, dict[str, dict[str, Any]]] = {}
+        self.rebuild()
+
+    @property
+    def module(self) -> Any:
+        """The replica of the wrapped module itself."""
+        return self._to_replica.get(self._original.module)
+
+    def rebuild(self) -> None:
+        """Make what is new, keep what is not, drop what is gone."""
+        before, self._to_replica = self._to_replica, Translation(copy_containers=not self._is_main)
+        for module in self._original.modules:
+            twin = before.get(module)
+            if twin is None:
+                twin = type(module).__new__(type(module))
+            self._to_replica.add(module, twin)
+        with torch.inference_mode(False), torch.no_grad():
+            self.leaves = self._make_leaves(before)
+            self.buffers = [
+                buffer if self._is_main else _copy_of(buffer, before.get(buffer), self.device)
+                for buffer in self._original.buffers
+            ]
+        for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
+            self._to_replica.add(buffer, twin)
+        for module in self._original.modules:
+            self._install(module)
+        self._watch_own()
+
+    def _make_leaves(self, before: Translation) -> list[Tensor]:
+        parameters = self._original.parameters
+        facts = {id(p): (p.data_ptr(), p.shape, p.stride(), p.dtype) for p in parameters}
+        if self._remote is None:
+            storages: Sequence[Tensor] = parameters
+        else:
+            storages = self._remote.lay_out(parameters)
+        leaves = []
+        for parameter, storage in zip(parameters, storages, strict=True):
+            leaf = before.get(parameter)
+            moved = self._leaf_facts.get(id(parameter)) != facts[id(parameter)]
+            if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
+                leaf = _leaf_like(parameter, storage)
+            if leaf.requires_grad != parameter.requires_grad:
+                leaf.requires_grad_(parameter.requires_grad)
+            self._to_replica.add(parameter, leaf)
+            leaves.append(leaf)
+        self._leaf_facts = facts
+        return leaves
+
+    def _install(self, module: nn.Module) -> None:
+        """Give the replica of ``module`` its attributes and hooks, translated."""
+        twin = self._to_replica.get(module)
+        attributes = {
+            name: self._to_replica(_without_graph(value))
+            for name, value in module.__dict__.items()
+            if name not in MODULE_DICTS
+        }
+        for name in MODULE_DICTS:
+            value = module.__dict__[name]
+            # The same dict object each time, since a watch holds on to it; never the original's.
+            translated = attributes[name] = twin.__dict__.get(name, type(value)())
+            translated.clear()
+            translated.update((key, self._to_replica(item)) for key, item in value.items())
+        twin.__dict__.clear()
+        twin.__dict__.update(attributes)
+        if type(twin) is not type(module):  # a parametrization changes a module's class
+            object.__setattr__(twin, "__class__", type(module))
+        self._installed[id(module)] = {place: dict(entries) for place, entries in _places(twin).items()}
+
+    def _watch_own(self) -> None:
+        twins = map(self._to_replica.get, self._original.modules)
+        self._own = Watch(_places(twin).values() for twin in twins)
+
+    def follow(self, changed: Iterable[nn.Module]) -> None:
+        """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
+        modules = self._original.modules
+        stale = {id(module): module for module in changed}
+        stale.update((id(modules[index]), modules[index]) for index in self._own.changed())
+        for module in stale.values():
+            self._install(module)
+        if stale:
+            self._own.remember()
+
+    def refresh_parameters(self, stale: bool) -> None:
+        """Bring storage of this replica's own up to date; see `torchtower.remote.RemoteStorage.refresh`."""
+        if self._remote is not None:
+            self._remote.refresh(stale)
+
+    def refresh_buffers(self) -> None:
+        """Copy the original's buffers into this replica's."""
+        if not self._is_main and self.buffers:
+            with torch.no_grad():
+                torch._foreach_copy_(self.buffers, self._original.buffers, non_blocking=True)
+
+    def written(self) -> list[Written]:
+        """What this replica's forward wrote into attributes and dicts, as values of the replica's world."""
+        found = []
+        for index in self._own.changed():
+            module = self._original.modules[index]
+            before = self._installed[id(module)]
+            for place, entries in _places(self._to_replica.get(module)).items():
+                for name, value in entries.items():
+                    if before[place].get(name, _DELETED) is not value:
+                        found.append(Written(module, place, name, value))
+                for name in before[place].keys() - entries.keys():
+                    found.append(Written(module, place, name, _DELETED))
+        return [item for item in found if item.place or item.name not in MODULE_DICTS]
+
+    def to_original(self) -> Translation:
+        """The way back: replica's modules, parameters and buffers to the original's."""
+        back = Translation()
+        everything = (self._original.modules, self._original.parameters, self._original.buffers)
+        for source in chain(*everything):
+            back.add(self._to_replica.get(source), source)
+        return back
+
+
+def write_back(written: Sequence[Written], translate: Translation) -> None:
+    """Do to the original what the main tower's forward did to its replica."""
+    for module, place, name, value in written:
+        target = module.__dict__[place] if place else module.__dict__
+        if value is _DELETED:
+            target.pop(name, None)
+        else:
+            target[name] = translate(value)
+
+
+def _places(twin: nn.Module) -> dict[str, dict[str, Any]]:
+    attributes = twin.__dict__
+    return {"": attributes, **{name: attributes[name] for name in _WRITTEN_DICTS}}
+
+
+def _without_graph(value: Any) -> Any:
+    # An attribute left by an earlier forward must not lead this tower's backward into the user's graph.
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        return value.detach()
+    return value
+
+
+def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
+    data = storage.detach()
+    if not isinstance(parameter, nn.Parameter):
+        return data.requires_grad_(parameter.requires_grad)
+    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
+        leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    leaf.__dict__.update(parameter.__dict__)
+    return leaf
+
+
+def _copy_of(buffer: Tensor, earlier: Tensor | None, device: torch.device) -> Tensor:
+    if earlier is not None and earlier.shape == buffer.shape and earlier.dtype == buffer.dtype:
+        return earlier
+    return buffer.detach().to(device, copy=True)

@@ -1,0 +1,157 @@
+"""Translate what one module tree refers to into what another tree refers to.
+
+A replica shares almost everything with its module by reference. What must be translated is whatever leads back to a
+module, parameter or buffer of the tree: containers, partials, bound methods, closures (a compiled module's ``forward``
+closes over the original module: a replica that kept it would silently run the original) and weak references.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+CONTAINERS = (list, dict, set, OrderedDict, deque)
+_ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
+
+
+class Translation:
+    """A one-to-one table of objects, applied to values of any depth.
+
+    Args:
+        copy_containers: give every container an own copy, so that what one side adds to it does not reach the other.
+    """
+
+    def __init__(self, *, copy_containers: bool = False) -> None:
+        self._copy_containers = copy_containers
+        self._table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
+
+    def add(self, source: Any, target: Any) -> None:
+        """Let ``source`` be translated to ``target``."""
+        self._table[id(source)] = (source, target)
+
+    def get(self, source: Any) -> Any:
+        """What ``source`` itself is translated to; None if it is not in the table."""
+        entry = self._table.get(id(source))
+        return None if entry is None else entry[1]
+
+    def __call__(self, value: Any) -> Any:
+        """``value`` itself where nothing in it is in the table, else a translated copy of it."""
+        return self._translate(value, {})
+
+    def _translate(self, value: Any, done: dict[int, Any]) -> Any:
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        entry = self._table.get(id(value))
+        if entry is not None:
+            return entry[1]
+        if isinstance(value, (Tensor, nn.Module)):
+            return value
+        translate = _TRANSLATORS.get(kind)
+        if translate is None and isinstance(value, tuple):
+            translate = _translate_tuple
+        if translate is None:
+            return value
+        if id(value) not in done:
+            done[id(value)] = value  # a cycle meets the original; rewriting it twice would never end
+            done[id(value)] = translate(value, lambda part: self._translate(part, done), self._copy_containers)
+        return done[id(value)]
+
+
+_Translate = Callable[[Any], Any]
+
+
+def _changed(before: list[Any], after: list[Any]) -> bool:
+    return any(old is not new for old, new in zip(before, after, strict=True))
+
+
+def _translate_sequence(value: Any, translate: _Translate, always: bool) -> Any:
+    before = list(value)
+    after = [translate(item) for item in before]
+    if not (always or _changed(before, after)):
+        return value
+    return deque(after, value.maxlen) if isinstance(value, deque) else type(value)(after)
+
+
+def _translate_dict(value: Any, translate: _Translate, always: bool) -> Any:
+    before = [*value.keys(), *value.values()]
+    after = [translate(item) for item in before]
+    if not (always or _changed(before, after)):
+        return value
+    half = len(value)
+    return type(value)(zip(after[:half], after[half:], strict=True))
+
+
+def _translate_tuple(value: Any, translate: _Translate, always: bool) -> Any:
+    before = list(value)
+    after = [translate(item) for item in before]
+    if not _changed(before, after):
+        return value
+    return type(value)(*after) if hasattr(value, "_fields") else type(value)(after)
+
+
+def _translate_partial(value: Any, translate: _Translate, always: bool) -> Any:
+    before = [value.func, *value.args, *value.keywords.values()]
+    after = [translate(item) for item in before]
+    if not _changed(before, after):
+        return value
+    split = 1 + len(value.args)
+    keywords = dict(zip(value.keywords, after[split:], strict=True))
+    return functools.partial(after[0], *after[1:split], **keywords)
+
+
+def _translate_method(value: Any, translate: _Translate, always: bool) -> Any:
+    owner = translate(value.__self__)
+    return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+
+
+def _translate_reference(value: Any, translate: _Translate, always: bool) -> Any:
+    target = value()
+    translated = translate(target)
+    return value if translated is target else weakref.ref(translated)
+
+
+def _translate_function(value: Any, translate: _Translate, always: bool) -> Any:
+    cells = value.__closure__ or ()
+    before = [_content(cell) for cell in cells] + list(value.__defaults__ or ())
+    before += list(value.__dict__.values())
+    after = [translate(item) for item in before]
+    if not _changed(before, after):
+        return value
+    closure = tuple(
+        cell if old is new else types.CellType(new) for cell, old, new in zip(cells, before, after, strict=False)
+    )
+    defaults = tuple(after[len(cells) : len(cells) + len(value.__defaults__ or ())]) or None
+    copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
+    copied.__kwdefaults__ = value.__kwdefaults__
+    copied.__qualname__ = value.__qualname__
+    attributes = after[len(after) - len(value.__dict__) :] if value.__dict__ else []
+    copied.__dict__.update(zip(value.__dict__, attributes, strict=True))
+    return copied
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+_TRANSLATORS: dict[type, Callable[[Any, _Translate, bool], Any]] = {
+    list: _translate_sequence,
+    set: _translate_sequence,
+    frozenset: _translate_tuple,
+    deque: _translate_sequence,
+    dict: _translate_dict,
+    OrderedDict: _translate_dict,
+    functools.partial: _translate_partial,
+    types.MethodType: _translate_method,
+    types.FunctionType: _translate_function,
+    weakref.ref: _translate_reference,
+}

@@ -1,0 +1,205 @@
+"""Nested batches in, outputs back: split every tensor by rows over the towers, join what the towers return.
+
+Both walk containers of any depth (tuples, named tuples, lists, dicts and their subclasses, dataclasses) and hand each
+tensor to a function; what the tensors mean to autograd is the bridge's business.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor of a nested structure, in the order in which `map_tensors` meets them."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(collect, value)
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Rebuild a nested structure with ``function`` of each tensor; all else stays the very same object."""
+    if isinstance(value, Tensor):
+        return function(value)
+    children = _children(value)
+    if children is None:
+        return value
+    return _rebuild(value, [map_tensors(function, child) for child in children])
+
+
+def _children(value: Any) -> list[Any] | None:
+    """The values in a container; None for whatever is no container."""
+    if isinstance(value, PackedSequence):
+        raise ValueError(
+            "TowerParallel: expected tensors that can be split by rows, but got a PackedSequence; "
+            "pass the padded tensor and its lengths, and pack inside the module"
+        )
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return None
+
+
+def _rebuild(value: Any, children: list[Any]) -> Any:
+    if isinstance(value, Mapping):
+        return _rebuild_mapping(value, children)
+    if isinstance(value, tuple):
+        if hasattr(value, "_fields"):
+            return type(value)(*children)
+        return type(value)(children)
+    if isinstance(value, list):
+        if type(value) is list:
+            return children
+        rebuilt = copy.copy(value)
+        rebuilt[:] = children
+        return rebuilt
+    rebuilt = copy.copy(value)
+    for field, child in zip(dataclasses.fields(value), children, strict=True):
+        object.__setattr__(rebuilt, field.name, child)  # frozen dataclasses refuse setattr
+    return rebuilt
+
+
+def _rebuild_mapping(value: Mapping[Any, Any], children: list[Any]) -> Any:
+    items = dict(zip(value, children, strict=True))
+    if type(value) is dict:
+        return items
+    rebuilt: Any = copy.copy(value)  # keeps a default_factory and whatever else a subclass carries
+    for key, child in items.items():
+        if rebuilt[key] is not child:
+            rebuilt[key] = child
+    return rebuilt
+
+
+@dataclasses.dataclass
+class Splits:
+    """How one batch is cut: which rows of its tensors each tower gets.
+
+    ``rows[t]`` is tower ``t``'s number of rows, that of the longest tensor where they differ; towers that got none are
+    left out.
+    """
+
+    dim: int
+    num_towers: int
+    rows: list[int]
+
+    def parts(self, tensor: Tensor) -> list[Tensor] | None:
+        """``tensor`` cut along ``dim`` for each tower; None where every tower gets it whole.
+
+        Cut as evenly as rows allow, the first towers getting one more. A tensor without the dimension, or with one row
+        where others have more, is for everybody, as in PyTorch's broadcasting.
+        """
+        if self.num_towers == 1 or _size(tensor, self.dim) < 2:
+            return None
+        sizes = even_sizes(_size(tensor, self.dim), self.num_towers)
+        return list(torch.split(tensor, sizes, self.dim))
+
+
+def even_sizes(rows: int, num_towers: int) -> list[int]:
+    """Rows a tower: 9 over 4 are 3, 2, 2, 2 (``chunk`` gives 3, 3, 3 and nothing)."""
+    share, rest = divmod(rows, num_towers)
+    return [share + (tower < rest) for tower in range(num_towers)]
+
+
+def plan_splits(batch: Any, num_towers: int, dim: int) -> Splits:
+    """Decide how many towers work on a batch, and on how many rows each.
+
+    A batch without rows to split (none, one, no tensor at all) goes to the main tower as it is.
+    """
+    sizes = [_size(tensor, dim) for tensor in tensors_in(batch)]
+    split = [size for size in sizes if size > 1]
+    towers = min([num_towers, *split]) if split else 1
+    rows = even_sizes(max(split), towers) if split else [max(sizes, default=1) if sizes else 1]
+    return Splits(dim, towers, rows)
+
+
+def _size(tensor: Tensor, dim: int) -> int:
+    return tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else -1
+
+
+def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str], Any], path: str = "the output") -> Any:
+    """Join the towers' outputs field by field, types kept.
+
+    Args:
+        outputs: one nested structure a tower that worked.
+        join: makes one value of each field's tensors, given its path for error messages.
+        path: where in the output this is.
+
+    Raises:
+        ValueError: the towers' outputs differ in structure, or in something that is no tensor.
+    """
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        for tower, other in enumerate(outputs):
+            if not isinstance(other, Tensor):
+                raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
+        return join(list(outputs), path)
+    children = [_children(output) for output in outputs]
+    if children[0] is None:
+        return _same_everywhere(outputs, path)
+    names = _names(first)
+    for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
+        if type(output) is not type(first) or child is None or _names(output) != names:
+            raise ValueError(_differ(path, _tell(first), tower, _tell(output)))
+    columns = zip(*[child for child in children if child is not None], strict=True)
+    joined = [gather_structure(column, join, f"{path}[{name!r}]") for name, column in zip(names, columns, strict=True)]
+    return _rebuild(first, joined)
+
+
+def _names(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value)
+    if isinstance(value, (tuple, list)):
+        return list(getattr(value, "_fields", range(len(value))))
+    return [field.name for field in dataclasses.fields(value)]
+
+
+def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
+    first = outputs[0]
+    for tower, other in enumerate(outputs):
+        if other is not first and (type(other) is not type(first) or not _equal(first, other)):
+            raise ValueError(_differ(path, repr(first), tower, repr(other)))
+    return first
+
+
+def _equal(first: Any, other: Any) -> bool:
+    # Objects without an __eq__ of their own are as alike as one can tell.
+    return "__eq__" not in _defined_by(type(first)) or bool(first == other)
+
+
+def _defined_by(kind: type) -> set[str]:
+    return {name for base in kind.__mro__ if base is not object for name in vars(base)}
+
+
+def _tell(value: Any) -> str:
+    children = _children(value)
+    if children is None or isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{type(value).__name__} of {_names(value)}"
+
+
+def _differ(path: str, expected: str, tower: int, got: str) -> str:
+    return (
+        f"TowerParallel: expected {path} of every tower to be alike, {expected} as tower 0's, "
+        f"but tower {tower}'s is {got}"
+    )
+
+
+def cat_rows(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Join the towers' rows; 0-d tensors become a vector with one element a tower, as nn.DataParallel's do."""
+    if all(part.dim() == 0 for part in parts):
+        return torch.stack(list(parts))
+    return torch.cat(list(parts), dim)

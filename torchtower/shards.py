@@ -1,0 +1,65 @@
+"""One call's inputs, cut into one shard a tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtower.bridge import Port
+from torchtower.scatter_gather import Splits, map_tensors, plan_splits, tensors_in
+
+
+class Shards:
+    """The shards of one batch, and how its tensors that need gradients cross the bridge.
+
+    Args:
+        batch: nested structure; the same tensor in two places stays one tensor in every shard.
+        num_towers: how many towers there are.
+        dim: along which tensors are split.
+    """
+
+    def __init__(self, batch: Any, num_towers: int, dim: int) -> None:
+        self._batch = batch
+        self.splits: Splits = plan_splits(batch, num_towers, dim)
+        self.main_inputs: list[Tensor] = []
+        self.ports: list[Port] = []
+        self._parts: dict[int, list[Tensor] | None] = {}
+        self._port_of: dict[int, int] = {}
+        for tensor in tensors_in(batch):
+            if id(tensor) not in self._parts:
+                self._parts[id(tensor)] = parts = self.splits.parts(tensor)
+                if tensor.requires_grad and torch.is_grad_enabled():
+                    self._add_input(tensor, parts)
+
+    def _add_input(self, tensor: Tensor, parts: list[Tensor] | None) -> None:
+        self._port_of[id(tensor)] = len(self.ports)
+        self.main_inputs.append(tensor)
+        if parts is None:
+            self.ports.append(Port("shared", tensor.device))
+        else:
+            dim = self.splits.dim
+            sizes = tuple(part.shape[dim] for part in parts)
+            self.ports.append(Port("rows", tensor.device, sizes, dim))
+
+    def take(self, tower: int, device: torch.device) -> tuple[Any, list[Tensor | None]]:
+        """Tower ``tower``'s shard on its device.
+
+        Returns:
+            The shard, and its leaves in the order of `ports`.
+        """
+        leaves: list[Tensor | None] = [None] * len(self.ports)
+        taken: dict[int, Tensor] = {}
+
+        def take_tensor(tensor: Tensor) -> Tensor:
+            if id(tensor) not in taken:
+                parts = self._parts[id(tensor)]
+                part = tensor if parts is None else parts[tower]
+                part = part.detach().to(device, non_blocking=True)
+                if (port := self._port_of.get(id(tensor))) is not None:
+                    leaves[port] = part.requires_grad_()
+                taken[id(tensor)] = part
+            return taken[id(tensor)]
+
+        return map_tensors(take_tensor, self._batch), leaves

@@ -1,0 +1,116 @@
+"""Carry the caller's thread-local state to a tower's thread.
+
+A new Python thread knows nothing of the caller's grad mode, autocast, mode stacks, saved-tensor hooks or context
+variables, and torch exposes no one call that would tell them: they are carried by list. Every private name of torch
+that this takes stands in this file.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+Result = TypeVar("Result")
+_C: Any = torch._C
+_autograd: Any = torch._C._autograd
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """Autocast of one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+
+class ThreadState:
+    """The caller's thread-local state, taken at construction; `run` does work under it in another thread.
+
+    Args:
+        device_types: of whose autocast state to carry; the CPU's is always carried.
+        main_device: a default device that names it names the tower's own device in a tower.
+    """
+
+    def __init__(self, device_types: set[str], main_device: torch.device) -> None:
+        self._main_device = main_device
+        self._grad_enabled = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._autocasts = [
+            Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in sorted({"cpu", *device_types})
+        ]
+        self._autocast_cache = torch.is_autocast_cache_enabled()
+        self._function_modes = [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]
+        self._dispatch_modes = [_C._get_dispatch_stack_at(i) for i in range(_C._len_torch_dispatch_stack())]
+        self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
+        self._context = contextvars.copy_context()
+
+    @property
+    def autocast(self) -> bool:
+        """Whether any device type's autocast is on."""
+        return any(autocast.enabled for autocast in self._autocasts)
+
+    def run(self, device: torch.device, work: Callable[[], Result]) -> Result:
+        """Do ``work`` in this thread, for a tower on ``device``, under the caller's state."""
+        context = self._context.copy()
+        return context.run(self._run, device, work)
+
+    def _run(self, device: torch.device, work: Callable[[], Result]) -> Result:
+        with ExitStack() as stack:
+            if self._inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.set_grad_enabled(self._grad_enabled))
+            stack.enter_context(self._autocast_state())
+            if self._saved_tensor_hooks is not None:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._saved_tensor_hooks))
+            for mode in self._dispatch_modes:
+                _push_mode(mode)
+                stack.callback(_pop_mode, getattr(mode, "_mode_key", None))
+            for mode in self._function_modes:
+                _C._push_on_torch_function_stack(self._of_tower(mode, device))
+                stack.callback(_C._pop_torch_function_stack)
+            return work()
+
+    def _of_tower(self, mode: Any, device: torch.device) -> Any:
+        if isinstance(mode, DeviceContext) and _names(mode.device, self._main_device):
+            return DeviceContext(device)
+        return mode
+
+    @contextmanager
+    def _autocast_state(self) -> Iterator[None]:
+        # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears it
+        # for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see workers).
+        before = [
+            Autocast(
+                a.device_type,
+                torch.is_autocast_enabled(a.device_type),
+                torch.get_autocast_dtype(a.device_type),
+            )
+            for a in self._autocasts
+        ]
+        torch.autocast_increment_nesting()
+        _set_autocast(self._autocasts)
+        torch.set_autocast_cache_enabled(self._autocast_cache)
+        try:
+            yield
+        finally:
+            torch.autocast_decrement_nesting()
+            _set_autocast(before)
+
+
+def _set_autocast(autocasts: list[Autocast]) -> None:
+    for autocast in autocasts:
+        torch.set_autocast_enabled(autocast.device_type, autocast.enabled)
+        torch.set_autocast_dtype(autocast.device_type, autocast.dtype)
+
+
+def _names(device: torch.device, main_device: torch.device) -> bool:
+    return device.type == main_device.type and device.index in (None, main_device.index)

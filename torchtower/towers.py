@@ -1,0 +1,194 @@
+"""One call of a wrapped module, from its inputs to its outputs: shards out, replicas run, outputs joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtower.averaging import Grad, weighted_sum
+from torchtower.bridge import Bridge, Family, Port
+from torchtower.freshness import Freshness
+from torchtower.original import Original
+from torchtower.replicate import Replica, Written, write_back
+from torchtower.shards import Shards
+from torchtower.workers import TowerPool
+
+Call = Callable[[Any, Any], Any]  # (replica's module, shard) -> output
+
+
+class Towers:
+    """The replicas of one module and the threads that run them.
+
+    Args:
+        module: the user's module.
+        devices: one a tower.
+        max_concurrency: see `TowerPool`.
+        buffers: ``"main"`` or ``"mean"``, see `torchtower.TowerParallel`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        devices: Sequence[torch.device],
+        max_concurrency: int | None,
+        buffers: str,
+    ) -> None:
+        self.pool = TowerPool(devices, max_concurrency)
+        self._buffers = buffers
+        self._freshness = Freshness(any(device != devices[0] for device in devices))
+        self._original = Original(module)
+        self._check_device()
+        self._replicas = [
+            Replica(self._original, device, is_main=index == 0, aliases=device == devices[0])
+            for index, device in enumerate(devices)
+        ]
+        self._written: list[Written] = []
+        # T towers that meet a compiled module at once would compile it T times.
+        self._in_turn = _is_compiled(self._original.modules)
+
+    @property
+    def module(self) -> nn.Module:
+        """The user's module that the replicas follow."""
+        return self._original.module
+
+    def run(self, call: Call, shards: Shards) -> ForwardResult:
+        """Run ``call`` on every shard, each in its tower's thread, and take over what the main tower wrote."""
+        self.pool.share_out_cores()
+        self._follow()
+        taken: list[list[Grad]] = [[] for _ in shards.splits.rows]
+
+        def job_of(tower: int) -> Callable[[], Any]:
+            replica = self._replicas[tower]
+
+            def job() -> Any:
+                shard, leaves = shards.take(tower, replica.device)
+                taken[tower] = leaves
+                return call(replica.module, shard)
+
+            return job
+
+        outputs = self.pool.run([job_of(t) for t in range(len(taken))], in_turn=self._in_turn)
+        self._in_turn = False
+        self._pool_buffers(shards.splits.rows)
+        return ForwardResult(self, shards, outputs, taken)
+
+    def _follow(self) -> None:
+        changes = self._original.changes()
+        if changes is None:
+            self._check_device()
+            self._in_turn = _is_compiled(self._original.modules)
+            for replica in self._replicas:
+                replica.rebuild()
+        else:
+            changes.extend(written.module for written in self._written)
+            for replica in self._replicas:
+                replica.follow(changes)
+        self._written = []
+        stale = self._freshness.stale()
+        for replica in self._replicas:
+            replica.refresh_parameters(stale)
+            replica.refresh_buffers()
+
+    def _check_device(self) -> None:
+        main = self.pool.devices[0]
+        for tensor in (*self._original.parameters, *self._original.buffers):
+            if tensor.device != main:
+                raise ValueError(
+                    f"TowerParallel: expected the module's parameters and buffers on {main}, the main tower's device "
+                    f"(device_ids[0]), but found one on {tensor.device}; move it there with module.to('{main}')"
+                )
+
+    def _pool_buffers(self, rows: list[int]) -> None:
+        if self._buffers == "main" or len(rows) < 2 or not sum(rows):
+            return
+        shares = [row / sum(rows) for row in rows]
+        with torch.no_grad():
+            for index, buffer in enumerate(self._replicas[0].buffers):
+                if buffer.is_floating_point() or buffer.is_complex():
+                    columns = [[self._replicas[t].buffers[index]] for t in range(len(rows))]
+                    (mean,) = weighted_sum(columns, shares, in_place=False, function="TowerParallel")
+                    assert mean is not None
+                    buffer.copy_(mean)
+
+    def bridge(
+        self,
+        shards: Shards,
+        weights: list[float],
+        leaves: list[list[Grad]],
+        out_ports: Sequence[Port],
+        outputs: list[list[Grad]],
+    ) -> list[Grad]:
+        """Connect the towers' outputs to the user's graph; takes over what the main tower's forward wrote."""
+        self._written = self._replicas[0].written()
+        left_behind = _graph_tensors(self._written)
+        ports = [*out_ports, *[Port("solo", tensor.device) for tensor in left_behind]]
+        nothing: list[Grad] = [None] * len(left_behind)
+        rest: list[list[Grad]] = [list(left_behind), *[nothing for _ in outputs[1:]]]
+        parameters = self._original.parameters
+        in_ports = [*[Port("shared", p.device) for p in parameters], *shards.ports]
+        local_inputs = [[*replica.leaves, *own] for replica, own in zip(self._replicas, leaves, strict=False)]
+        bridge = Bridge(
+            Family(self.pool, weights, self._freshness.on_backward),
+            in_ports,
+            local_inputs,
+            ports,
+            [[*a, *b] for a, b in zip(outputs, rest, strict=True)],
+        )
+        values = bridge.connect([*parameters, *shards.main_inputs])
+        self._write_back(left_behind, values[len(out_ports) :])
+        return values[: len(out_ports)]
+
+    def _write_back(self, left_behind: list[Tensor], connected: list[Grad]) -> None:
+        if not self._written:
+            return
+        translate = self._replicas[0].to_original()
+        for local, main in zip(left_behind, connected, strict=True):
+            translate.add(local, main)
+        write_back(self._written, translate)
+        self._original.remember()
+
+
+class ForwardResult:
+    """What came out of the towers, not yet in the user's graph.
+
+    Args:
+        towers: where it ran.
+        shards: on what.
+        outputs: one a tower that worked.
+        leaves: the shards' leaves, tower-major.
+    """
+
+    def __init__(self, towers: Towers, shards: Shards, outputs: list[Any], leaves: list[list[Grad]]) -> None:
+        self._towers = towers
+        self._shards = shards
+        self.outputs = outputs
+        self._leaves = leaves
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each tower's shard."""
+        return self._shards.splits.rows
+
+    def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
+        """Give ``outputs`` (tower-major) their place in the user's graph."""
+        return self._towers.bridge(self._shards, weights, self._leaves, ports, outputs)
+
+
+def _graph_tensors(written: Sequence[Written]) -> list[Tensor]:
+    found = {
+        id(item.value): item.value
+        for item in written
+        if isinstance(item.value, Tensor) and item.value.grad_fn is not None
+    }
+    return list(found.values())
+
+
+def _is_compiled(modules: Sequence[nn.Module]) -> bool:
+    return any(
+        module._compiled_call_impl is not None  # module.compile()
+        or type(module).__module__ == "torch._dynamo.eval_frame"  # torch.compile(module)
+        for module in modules
+    )
