@@ -13,12 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchtower.rewrite import CONTAINERS
+from torchtower.rewrite import is_small_container
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
 MODULE_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
-# A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
-_SMALL = 64
 
 
 class Watch:
@@ -162,7 +160,7 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         value = pending.pop()
         if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
-        elif type(value) in CONTAINERS and len(value) <= _SMALL:
+        elif is_small_container(value):
             if not any(value is container for container in containers):
                 containers.append(value)
                 pending.extend(_values(value))

@@ -13,7 +13,9 @@ again, RNN weights are flattened once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +23,9 @@ from torch import Tensor, nn
 
 from torchtower.original import MODULE_DICTS, Original, Watch
 from torchtower.remote import RemoteStorage
-from torchtower.rewrite import Translation
+from torchtower.rewrite import Translation, is_small_container
 
-# Where a forward may put something new: the module's attributes, and these dicts.
+# Where a forward may put something new: the module's attributes, these dicts, and its own small lists and dicts.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
 _DELETED = object()
 
@@ -32,8 +34,8 @@ class Written(NamedTuple):
     """Something that a forward of the main tower's replica left behind."""
 
     module: nn.Module  # the original's
-    place: str  # "" for a plain attribute, else the name of a dict
-    name: str
+    place: str  # "" for a plain attribute, else the name of the attribute that holds the list or dict
+    name: Any  # the attribute or key; None where the whole contents of a list or set is the value
     value: Any
 
 
@@ -120,7 +122,7 @@ class Replica:
         twin.__dict__.update(attributes)
         if type(twin) is not type(module):  # a parametrization changes a module's class
             object.__setattr__(twin, "__class__", type(module))
-        self._installed[id(module)] = {place: dict(entries) for place, entries in _places(twin).items()}
+        self._installed[id(module)] = {place: copy(entries) for place, entries in _places(twin).items()}
 
     def _watch_own(self) -> None:
         twins = map(self._to_replica.get, self._original.modules)
@@ -134,7 +136,7 @@ class Replica:
         for module in stale.values():
             self._install(module)
         if stale:
-            self._own.remember()
+            self._watch_own()
 
     def refresh_parameters(self, stale: bool) -> None:
         """Bring storage of this replica's own up to date; see `torchtower.remote.RemoteStorage.refresh`."""
@@ -154,11 +156,8 @@ class Replica:
             module = self._original.modules[index]
             before = self._installed[id(module)]
             for place, entries in _places(self._to_replica.get(module)).items():
-                for name, value in entries.items():
-                    if before[place].get(name, _DELETED) is not value:
-                        found.append(Written(module, place, name, value))
-                for name in before[place].keys() - entries.keys():
-                    found.append(Written(module, place, name, _DELETED))
+                if place in before:
+                    found += [Written(module, place, *change) for change in _differences(before[place], entries)]
         return [item for item in found if item.place or item.name not in MODULE_DICTS]
 
     def to_original(self) -> Translation:
@@ -173,16 +172,29 @@ class Replica:
 def write_back(written: Sequence[Written], translate: Translation) -> None:
     """Do to the original what the main tower's forward did to its replica."""
     for module, place, name, value in written:
-        target = module.__dict__[place] if place else module.__dict__
+        target: Any = module.__dict__[place] if place else module.__dict__
         if value is _DELETED:
             target.pop(name, None)
+        elif name is None:
+            contents = translate(value)
+            target.clear()
+            (target.update if isinstance(target, set) else target.extend)(contents)
         else:
             target[name] = translate(value)
 
 
-def _places(twin: nn.Module) -> dict[str, dict[str, Any]]:
+def _places(twin: nn.Module) -> dict[str, Any]:
     attributes = twin.__dict__
-    return {"": attributes, **{name: attributes[name] for name in _WRITTEN_DICTS}}
+    own = {name: value for name, value in attributes.items() if is_small_container(value) and name not in MODULE_DICTS}
+    return {"": attributes, **{name: attributes[name] for name in _WRITTEN_DICTS}, **own}
+
+
+def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(now, dict):
+        same = len(before) == len(now) and all(map(is_, before, now))
+        return [] if same else [(None, list(now))]
+    changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
+    return changed + [(name, _DELETED) for name in before.keys() - now.keys()]
 
 
 def _without_graph(value: Any) -> Any:

@@ -16,15 +16,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-CONTAINERS = (list, dict, set, OrderedDict, deque)
+_CONTAINERS = (list, dict, set, OrderedDict, deque)
+# A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
+_SMALL = 64
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
+
+
+def is_small_container(value: Any) -> bool:
+    """Whether ``value`` is a list, dict or the like that towers get copies of."""
+    return type(value) in _CONTAINERS and len(value) <= _SMALL
 
 
 class Translation:
     """A one-to-one table of objects, applied to values of any depth.
 
     Args:
-        copy_containers: give every container an own copy, so that what one side adds to it does not reach the other.
+        copy_containers: copy small containers even where nothing in them is translated, so that what one side adds
+            to them does not reach the other.
     """
 
     def __init__(self, *, copy_containers: bool = False) -> None:
@@ -60,7 +68,9 @@ class Translation:
             return value
         if id(value) not in done:
             done[id(value)] = value  # a cycle meets the original; rewriting it twice would never end
-            done[id(value)] = translate(value, lambda part: self._translate(part, done), self._copy_containers)
+            done[id(value)] = translate(
+                value, lambda part: self._translate(part, done), self._copy_containers and is_small_container(value)
+            )
         return done[id(value)]
 
 

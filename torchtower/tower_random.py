@@ -25,6 +25,7 @@ import torch
 
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _lock = threading.Lock()
+_install_lock = threading.Lock()
 _local = threading.local()
 _libraries: list[Any] = []
 
@@ -93,9 +94,14 @@ class _DefaultGeneratorOfThread:
         return getattr(generator, name)
 
 
-@functools.cache
 def _install() -> Any:
     """Intercept ATen's random operators under the spare key, once in a process."""
+    with _install_lock:
+        return _install_once()
+
+
+@functools.cache
+def _install_once() -> Any:
     key = torch._C._parse_dispatch_key(_KEY_NAME)
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)

@@ -13,6 +13,7 @@ from torchtower.bridge import Bridge, Family, Port
 from torchtower.freshness import Freshness
 from torchtower.original import Original
 from torchtower.replicate import Replica, Written, write_back
+from torchtower.scatter_gather import tensors_in
 from torchtower.shards import Shards
 from torchtower.workers import TowerPool
 
@@ -178,12 +179,8 @@ class ForwardResult:
 
 
 def _graph_tensors(written: Sequence[Written]) -> list[Tensor]:
-    found = {
-        id(item.value): item.value
-        for item in written
-        if isinstance(item.value, Tensor) and item.value.grad_fn is not None
-    }
-    return list(found.values())
+    tensors = tensors_in([item.value for item in written])
+    return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
 
 
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:
