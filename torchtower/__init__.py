@@ -2,13 +2,16 @@
 
 from torchtower._extension import build_info
 from torchtower.averaging import average_gradients, stack_gradients
+from torchtower.batch_norm import convert_sync_batchnorm, tower_sum
 from torchtower.parallel import TowerParallel
-from torchtower.workers import current_tower
+from torchtower.rounds import current_tower
 
 __all__ = [
     "TowerParallel",
     "average_gradients",
     "build_info",
+    "convert_sync_batchnorm",
     "current_tower",
     "stack_gradients",
+    "tower_sum",
 ]

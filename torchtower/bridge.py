@@ -15,9 +15,9 @@ The towers' weights are applied only on the way back to the main side, never on 
 gradient of its own loss, unscaled.
 
 Double backward needs nothing new: the local gradients are outputs of local graphs again, so they become the outputs of
-a second bridge, whose inputs are the first one's and the output gradients. All bridges of one forward are a family: their
-local graphs overlap, so once one of them has run with ``create_graph`` none frees its graph before the end of the outer
-backward.
+a second bridge, whose inputs are the first one's and the output gradients. All bridges of one forward are a family:
+their local graphs overlap, so once one of them has run with ``create_graph`` none frees its graph before the end of the
+outer backward.
 
 The node saves no tensor: whether a graph may be walked a second time, the local engine says, as it does for the plain
 module. Its context refers to the main inputs and the local graphs, and to nothing that refers back.
@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 
 from torchtower.averaging import Grad, weighted_sum
+from torchtower.rounds import current_tower
 from torchtower.scatter_gather import cat_rows
-from torchtower.workers import TowerPool, current_tower
+from torchtower.workers import TowerPool
 
 _autograd: Any = torch._C._autograd
 

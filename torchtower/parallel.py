@@ -14,10 +14,10 @@ from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.bridge import Port
 from torchtower.devices import DeviceId, parse_device_ids
+from torchtower.rounds import current_tower
 from torchtower.scatter_gather import gather_structure, map_tensors
 from torchtower.shards import Shards
 from torchtower.towers import ForwardResult, Towers
-from torchtower.workers import current_tower
 
 _BUFFER_POLICIES = ("main", "mean")
 

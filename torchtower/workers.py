@@ -1,13 +1,11 @@
 """The towers' threads: long-lived, one a tower, each doing that tower's forward and its backward.
 
-Note [Waiting for towers]
-The caller waits until every tower has finished, whatever happened in one of them: an exception is raised only then, and
-so is KeyboardInterrupt, which drops the towers whose turn has not come. A tower's thread holds nothing of a job once it
-is done, so that the user's tensors die when the user lets go of them.
+A thread holds nothing of a job once it is done, so that the user's tensors die when the user lets go of them.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -17,18 +15,13 @@ from typing import Any
 
 import torch
 
+from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState
 from torchtower.tower_random import Seeds, TowerGenerators, drawing_from
 
 Job = Callable[[], Any]
-_local = threading.local()
 _STOP_TIMEOUT_S = 5.0
 _pools: weakref.WeakSet[TowerPool] = weakref.WeakSet()
-
-
-def current_tower() -> int | None:
-    """The index of the tower whose thread this is; None outside of the towers' threads."""
-    return getattr(_local, "tower_index", None)
 
 
 class TowerPool:
@@ -76,17 +69,20 @@ class TowerPool:
             KeyboardInterrupt: Ctrl-C while waiting. Every tower has finished by then.
         """
         state = ThreadState({device.type for device in self.devices}, self.devices[0])
+        seeds = Seeds()
         with self._lock:
             threads = self._started()
-            waiting = [(threads[t], job) for t, job in enumerate(jobs) if job is not None]
-            round_ = _Round(state, waiting)
+            starts = [
+                (tower, functools.partial(threads[tower].do, job, state, seeds))
+                for tower, job in enumerate(jobs)
+                if job is not None
+            ]
+            round_ = Round(starts)
             interrupt = round_.run(1 if in_turn else self.max_concurrency)
         if state.autocast:
             torch.clear_autocast_cache()  # what the towers left in it, see thread_state
-        if interrupt is not None:
-            raise interrupt
-        for tower in sorted(round_.errors):
-            raise round_.errors.pop(tower)
+        if (error := interrupt or round_.first_error()) is not None:
+            raise error
         return [round_.results.get(tower) for tower in range(len(jobs))]
 
     def _started(self) -> list[_TowerThread]:
@@ -110,93 +106,56 @@ class TowerPool:
         self._threads = []
 
 
-class _Round:
-    """One `TowerPool.run`: who waits for a turn, what came out."""
-
-    def __init__(self, state: ThreadState, waiting: list[tuple[_TowerThread, Job]]) -> None:
-        self.results: dict[int, Any] = {}
-        self.errors: dict[int, BaseException] = {}
-        self._state = state
-        self._seeds = Seeds()
-        self._waiting = waiting
-        self._finished: SimpleQueue[None] = SimpleQueue()
-
-    def run(self, max_concurrency: int) -> KeyboardInterrupt | None:
-        """Start towers as others finish, until all have; see Note [Waiting for towers]."""
-        interrupt = None
-        working = 0
-        while working or self._waiting:
-            while self._waiting and working < max_concurrency:
-                thread, job = self._waiting.pop(0)
-                thread.inbox.put((self, job))
-                working += 1
-            try:
-                self._finished.get()
-            except KeyboardInterrupt as error:
-                interrupt = error
-                self._waiting.clear()
-            else:
-                working -= 1
-        return interrupt
-
-    def do(self, tower_index: int, device: torch.device, job: Job) -> None:
-        """In the tower's thread."""
-        try:
-            with drawing_from(TowerGenerators(tower_index, self._seeds)):
-                self.results[tower_index] = self._state.run(device, job)
-        except BaseException as error:
-            _name_tower(error, f"in tower {tower_index} on device {device}")
-            self.errors[tower_index] = error
-        finally:
-            self._finished.put(None)
-
-
 class _TowerThread:
     """A tower's thread; a daemon, so that it never keeps an interpreter alive."""
 
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
-        self.inbox: SimpleQueue[tuple[_Round, Job] | None] = SimpleQueue()
+        self._tower_index = tower_index
+        self._device = device
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         ready = threading.Event()
         self._thread = threading.Thread(
             target=_work,
-            args=(self.inbox, tower_index, device, intra_op_threads, ready),
+            args=(self._inbox, tower_index, device, intra_op_threads, ready),
             name=f"torchtower tower {tower_index}",
             daemon=True,
         )
         self._thread.start()
         ready.wait()
 
+    def do(self, job: Job, state: ThreadState, seeds: Seeds, round_: Round) -> None:
+        """Let the thread do ``job`` as this round's tower, under the caller's state."""
+        tower_index, device = self._tower_index, self._device
+
+        def work() -> Any:
+            with drawing_from(TowerGenerators(tower_index, seeds)):
+                return state.run(device, job)
+
+        self._inbox.put(lambda: round_.work(work, f"in tower {tower_index} on device {device}"))
+
     def stop(self) -> None:
-        self.inbox.put(None)
+        """End the thread once its work is done."""
+        self._inbox.put(None)
         if self._thread is not threading.current_thread():  # the collector may run anywhere
             self._thread.join(timeout=_STOP_TIMEOUT_S)
 
 
 def _work(
-    inbox: SimpleQueue[tuple[_Round, Job] | None],
+    inbox: SimpleQueue[Job | None],
     tower_index: int,
     device: torch.device,
     intra_op_threads: int,
     ready: threading.Event,
 ) -> None:
-    _local.tower_index = tower_index
+    become_tower(tower_index)
     torch.get_num_threads()  # a thread's lazy initialisation would undo the next line later
     torch.set_num_threads(intra_op_threads)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     ready.set()
-    while (item := inbox.get()) is not None:
-        round_, job = item
-        round_.do(tower_index, device, job)
-        del item, round_, job
-
-
-def _name_tower(error: BaseException, words: str) -> None:
-    if len(error.args) == 1 and isinstance(error.args[0], str) and str(error) == error.args[0]:
-        if words not in error.args[0]:
-            error.args = (f"{error.args[0]} ({words})",)
-    elif hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(words)
+    while (work := inbox.get()) is not None:
+        work()
+        del work
 
 
 def _available_cores() -> int:

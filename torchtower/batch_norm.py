@@ -1,0 +1,151 @@
+"""Batch normalisation over the whole batch, whatever part of it each tower has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchtower.rounds import current_tower, exchange
+
+
+def tower_sum(value: Tensor) -> Tensor:
+    """Sum a tensor over all towers of the current forward; every tower gets the sum. Differentiable at any order.
+
+    Every tower must call it, equally often: it waits for the others. Outside of towers it returns ``value`` itself.
+
+    Args:
+        value: this tower's summand, of one shape and dtype in all towers.
+
+    Shape:
+        That of ``value``, which has no tower dimension.
+
+    Returns:
+        The sum in tower order, of the same bits in every tower, on this tower's device.
+
+    Raises:
+        RuntimeError: some tower finished its forward without calling.
+
+    Example:
+        >>> tower_sum(torch.tensor(3.0))
+        tensor(3.)
+
+    Source:
+        The all-reduce of ``torch.nn.SyncBatchNorm``, between threads of one process.
+    """
+    if current_tower() is None:
+        return value
+    return _TowerSum.apply(value)  # type: ignore[no-any-return]
+
+
+class _TowerSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total, *others = exchange(value.detach())
+        total = total.to(value.device, copy=True)
+        for other in others:
+            total += other.to(value.device)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return tower_sum(grad)
+
+
+class TowerBatchNorm(_BatchNorm):
+    """Batch normalisation with the statistics of the whole batch: mean and variance over all towers' rows.
+
+    Made by `convert_sync_batchnorm`. In training, and wherever batch statistics are used, towers wait for each other in
+    its forward and in its backward. Outside of towers, and in evaluation, it is what ``nn.BatchNorm2d`` is.
+
+    Shape:
+        ``(N, C, ...)`` in and out, of any number of further dimensions.
+
+    Source:
+        ``torch.nn.SyncBatchNorm``, which needs one process a device and an accelerator.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"TowerBatchNorm: expected an input of at least 2 dimensions, but got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input``, this tower's rows, by the statistics of all towers' rows."""
+        uses_batch = self.training or self.running_mean is None
+        if current_tower() is None or not uses_batch:
+            plain: Tensor = super().forward(input)
+            return plain
+        self._check_input_dim(input)
+        dims = [dim for dim in range(input.dim()) if dim != 1]
+        rows = input.new_tensor(float(input.numel() // max(1, input.shape[1])), dtype=torch.float64)
+        count = tower_sum(rows).item()
+        if count <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got {count:.0f} over all towers")
+        # Half types lose too much in sums over a whole batch.
+        wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        mean = tower_sum(wide.sum(dims)) / count
+        centred = wide - _along_channels(mean, input)
+        variance = tower_sum(centred.square().sum(dims)) / count
+        self._track(mean.detach(), variance.detach() * (count / (count - 1)))
+        normal = centred * _along_channels(torch.rsqrt(variance + self.eps), input)
+        if self.weight is not None:
+            normal = normal * _along_channels(self.weight, input) + _along_channels(self.bias, input)
+        return normal.to(input.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return
+        with torch.no_grad():
+            momentum = self.momentum
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if momentum is None:  # the cumulative average
+                    momentum = 1.0 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum or 0.0)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), momentum or 0.0)
+
+
+def _along_channels(value: Tensor, input: Tensor) -> Tensor:
+    return value.view(1, -1, *[1] * (input.dim() - 2))
+
+
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every batch normalisation in ``module`` by one over all towers, keeping parameters and statistics.
+
+    Args:
+        module: changed in place below its root; parameters and buffers stay the same tensors.
+
+    Returns:
+        ``module``, or its replacement where it is itself a batch normalisation.
+
+    Raises:
+        TypeError: something that is no module.
+
+    Example:
+        >>> net = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+        >>> type(net[1]).__name__
+        'TowerBatchNorm'
+
+    Source:
+        ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"convert_sync_batchnorm: expected an nn.Module, but got {type(module).__name__}")
+    converted = _converted(module) if isinstance(module, _BatchNorm) else module
+    for name, child in module.named_children():
+        setattr(converted, name, convert_sync_batchnorm(child))
+    return converted
+
+
+def _converted(module: _BatchNorm) -> nn.Module:
+    if isinstance(module, TowerBatchNorm):
+        return module
+    converted = TowerBatchNorm(
+        module.num_features, module.eps, module.momentum, affine=False, track_running_stats=False
+    )
+    converted.affine, converted.track_running_stats = module.affine, module.track_running_stats
+    converted._parameters.update(module._parameters)
+    converted._buffers.update(module._buffers)
+    return converted.train(module.training)
