@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from torchtower.averaging import Grad, weighted_sum
+from torchtower.held import HeldGradients
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import cat_rows
 from torchtower.workers import TowerPool
@@ -77,11 +78,17 @@ class Family:
         pool: the towers' threads.
         weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
         on_backward: told of every backward, after which trainable parameters may change.
+        num_parameters: how many of the first bridge's inputs are the user's parameters; they come first.
+        held: gradients that ``no_sync`` has kept back.
+        synchronize: whether a backward reduces gradients, or has them kept back.
     """
 
     pool: TowerPool
     weights: list[float]
     on_backward: Callable[[], None]
+    num_parameters: int
+    held: HeldGradients
+    synchronize: bool = True
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
     bridges: list[weakref.ref[Bridge]] = field(default_factory=list)
@@ -167,7 +174,16 @@ class Bridge:
             _LocalBackward(*parts, keep)
             for parts in zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True)
         ]
-        return join(self._in_ports, self._family.pool.run(jobs), self._family.weights, in_place=True)
+        local = self._family.pool.run(jobs)
+        parameters = main_inputs[: self._family.num_parameters]
+        weights = self._family.weights
+        if not self._family.synchronize:
+            self._family.held.keep(parameters, local, weights)
+            nothing: list[Grad] = [None] * len(parameters)
+            local = [[*nothing, *grads[len(parameters) :]] for grads in local]
+            return join(self._in_ports, local, weights, in_place=True)
+        held = self._family.held.take(parameters)
+        return join(self._in_ports, local, weights, in_place=True, further=held)
 
     def _local_grads(self, outputs: list[list[Grad]], grads: Sequence[Grad]) -> list[list[Grad]]:
         columns: list[list[Grad]] = []
@@ -301,6 +317,7 @@ def join(
     weights: list[float],
     *,
     in_place: bool = False,
+    further: Sequence[Sequence[Grad]] = (),
 ) -> list[Grad]:
     """Bring the towers' values to the main side; None where no tower has one.
 
@@ -309,12 +326,16 @@ def join(
         local_values: tower-major.
         weights: of the towers.
         in_place: the towers' values are nobody else's and may be written to.
+        further: more summands of the first ports, all shared, with the weight 1.
     """
     results: list[Grad] = [None] * len(ports)
     with torch.no_grad():
         shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
         columns = [[tower[index] for index in shared] for tower in local_values]
-        sums = weighted_sum(columns, weights, in_place=in_place, function="TowerParallel")
+        for more in further:
+            columns.append([*more, *[None] * (len(shared) - len(more))])
+        weights_of_columns = [*weights, *[1.0] * len(further)]
+        sums = weighted_sum(columns, weights_of_columns, in_place=in_place, function="TowerParallel")
         for index, total in zip(shared, sums, strict=True):
             results[index] = total
         for index, port in enumerate(ports):

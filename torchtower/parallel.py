@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -200,6 +201,44 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         self.tower_losses = [loss.detach() for loss, _ in pairs]
         assert mean is not None
         return mean
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within this context, backward accumulates gradients in each tower and reduces nothing.
+
+        The first backward of a forward outside of it reduces all that was kept back, together with its own, into
+        ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
+        stays untouched until then. Gradients kept back are dropped by this module's `zero_grad`, but no optimizer's
+        ``zero_grad`` knows of them.
+
+        Example:
+            >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
+            >>> with model.no_sync():
+            ...     model(torch.ones(4, 3)).sum().backward()
+            >>> model.module.weight.grad is None
+            True
+            >>> model(torch.ones(4, 3)).sum().backward()
+            >>> model.module.weight.grad[0]
+            tensor([8., 8., 8.])
+
+        Source:
+            ``torch.nn.parallel.DistributedDataParallel.no_sync``.
+        """
+        if self.num_towers == 1 or current_tower() is not None:
+            yield
+            return
+        towers = self._running()
+        before, towers.synchronize = towers.synchronize, False
+        try:
+            yield
+        finally:
+            towers.synchronize = before
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, those that `no_sync` has kept back too."""
+        super().zero_grad(set_to_none)
+        if self._towers is not None:
+            self._towers.held.drop()
 
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
         main = self.devices[0]

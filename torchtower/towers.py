@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.bridge import Bridge, Family, Port
 from torchtower.freshness import Freshness
+from torchtower.held import HeldGradients
 from torchtower.original import Original
 from torchtower.replicate import Replica, Written, write_back
 from torchtower.scatter_gather import tensors_in
@@ -47,6 +48,8 @@ class Towers:
             for index, device in enumerate(devices)
         ]
         self._written: list[Written] = []
+        self.held = HeldGradients()
+        self.synchronize = True
         # T towers that meet a compiled module at once would compile it T times.
         self._in_turn = _is_compiled(self._original.modules)
 
@@ -132,7 +135,7 @@ class Towers:
         in_ports = [*[Port("shared", p.device) for p in parameters], *shards.ports]
         local_inputs = [[*replica.leaves, *own] for replica, own in zip(self._replicas, leaves, strict=False)]
         bridge = Bridge(
-            Family(self.pool, weights, self._freshness.on_backward),
+            Family(self.pool, weights, self._freshness.on_backward, len(parameters), self.held, self.synchronize),
             in_ports,
             local_inputs,
             ports,
