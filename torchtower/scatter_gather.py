@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,8 @@ def _rebuild_mapping(value: Mapping[Any, Any], children: list[Any]) -> Any:
     items = dict(zip(value, children, strict=True))
     if type(value) is dict:
         return items
+    if not isinstance(value, MutableMapping):
+        return type(value)(items)  # type: ignore[call-arg]
     rebuilt: Any = copy.copy(value)  # keeps a default_factory and whatever else a subclass carries
     for key, child in items.items():
         if rebuilt[key] is not child:

@@ -29,7 +29,7 @@ class Shards:
         self._port_of: dict[int, int] = {}
         for tensor in tensors_in(batch):
             if id(tensor) not in self._parts:
-                self._parts[id(tensor)] = parts = self.splits.parts(tensor)
+                self._parts[id(tensor)] = parts = _with_own_counters(self.splits.parts(tensor))
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._add_input(tensor, parts)
 
@@ -59,7 +59,33 @@ class Shards:
                 part = part.detach().to(device, non_blocking=True)
                 if (port := self._port_of.get(id(tensor))) is not None:
                     leaves[port] = part.requires_grad_()
+                    part = _Writable.apply(part)  # type: ignore[no-untyped-call]
                 taken[id(tensor)] = part
             return taken[id(tensor)]
 
         return map_tensors(take_tensor, self._batch), leaves
+
+    def pass_on_writes(self) -> None:
+        """Tell autograd of the tensors that a forward wrote into, as the plain module's forward would have."""
+        for tensor in tensors_in(self._batch):
+            parts = self._parts[id(tensor)] or ()
+            if any(not part.is_inference() and part._version for part in parts) and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+
+def _with_own_counters(parts: list[Tensor] | None) -> list[Tensor] | None:
+    # The parts of one tensor share its version counter: what one tower wrote into its own would spoil what the others
+    # have saved for backward.
+    return None if parts is None else [part.data for part in parts]
+
+
+class _Writable(torch.autograd.Function):
+    """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]

@@ -76,6 +76,7 @@ class Towers:
 
         outputs = self.pool.run([job_of(t) for t in range(len(taken))], in_turn=self._in_turn)
         self._in_turn = False
+        shards.pass_on_writes()
         self._pool_buffers(shards.splits.rows)
         return ForwardResult(self, shards, outputs, taken)
 

@@ -1,0 +1,98 @@
+"""What several test files share: towers on CPUs, twins of a module, comparisons in float64."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtower import TowerParallel
+
+ROOT = Path(__file__).parent.parent
+EVERY_COUNT = (1, 2, 3, 4)
+SEVERAL = (2, 3, 4)
+
+
+def wrap(module: nn.Module, num_towers: int, **options: Any) -> TowerParallel:
+    return TowerParallel(module, device_ids=["cpu"] * num_towers, **options)
+
+
+def twins(module: nn.Module, num_towers: int, **options: Any) -> tuple[nn.Module, TowerParallel]:
+    """The module in float64, and a wrapped copy of it."""
+    module = module.double()
+    return module, wrap(copy.deepcopy(module), num_towers, **options)
+
+
+def mlp(inputs: int = 3, outputs: int = 2) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+
+
+def batch(rows: int, columns: int = 3, *, seed: int = 0, requires_grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    return values.requires_grad_(requires_grad)
+
+
+def assert_close(got: Any, expected: Any, rtol: float = 1e-12) -> None:
+    """Relative to the largest element: what rounding in another order may cost."""
+    if expected is None or got is None:
+        assert got is expected
+        return
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    got, expected = (t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in (got, expected))
+    if not expected.numel():
+        return
+    scale = expected.abs().max().clamp_min(1e-300)
+    error = ((got - expected).abs().max() / scale).item()
+    assert error < rtol, f"relative error {error:.2e}"
+
+
+def assert_same_gradients(wrapped: nn.Module, plain: nn.Module, rtol: float = 1e-12) -> None:
+    inner = wrapped.module if isinstance(wrapped, nn.DataParallel) else wrapped
+    expected = dict(plain.named_parameters())
+    got = dict(inner.named_parameters())
+    assert got.keys() == expected.keys()
+    for name, parameter in expected.items():
+        grad = got[name].grad
+        assert (grad is None) == (parameter.grad is None), f"{name}: {grad} against {parameter.grad}"
+        assert_close(grad, parameter.grad, rtol)
+
+
+def assert_same_parameters(wrapped: nn.Module, plain: nn.Module, rtol: float = 1e-12) -> None:
+    inner = wrapped.module if isinstance(wrapped, nn.DataParallel) else wrapped
+    for ours, theirs in zip(inner.parameters(), plain.parameters(), strict=True):
+        assert_close(ours, theirs, rtol)
+
+
+def assert_trains_alike(
+    module: nn.Module,
+    num_towers: int,
+    *inputs: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    rtol: float = 1e-12,
+    **kwargs: Any,
+) -> tuple[nn.Module, TowerParallel]:
+    """One forward and backward of the module and of its wrapped twin: same loss, same gradients."""
+    plain, wrapped = twins(module, num_towers)
+    loss = loss or (lambda out: out.square().sum())
+    expected = loss(plain(*inputs, **kwargs))
+    got = loss(wrapped(*inputs, **kwargs))
+    assert_close(got, expected, rtol)
+    expected.backward()
+    got.backward()
+    assert_same_gradients(wrapped, plain, rtol)
+    return plain, wrapped
+
+
+def run_python(program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a program in an interpreter of its own; a hang is a failure."""
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
