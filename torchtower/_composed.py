@@ -76,9 +76,7 @@ def _real_mean(towers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total / total.new_full((), len(read)) if is_mean else total
 
 
-def _check(
-    function: str, out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]
-) -> None:
+def _check(function: str, out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]) -> None:
     def fail(message: str) -> NoReturn:
         raise ValueError(f"{function}: {message}")
 

@@ -82,21 +82,15 @@ def tower_mean_with_statistics_(
                 [inf]], dtype=torch.float64), tensor([[0],
                 [1]]))
     """
-    statistics: tuple[Tensor, Tensor, Tensor] = _ops.tower_mean_with_statistics_.default(
-        out, grads, weights
-    )
+    statistics: tuple[Tensor, Tensor, Tensor] = _ops.tower_mean_with_statistics_.default(out, grads, weights)
     torch.autograd.graph.increment_version(out)
     return statistics
 
 
-@torch.library.register_fake("torchtower::tower_mean_")
-def _fake_tower_mean_(
-    out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]
-) -> None:
+def _fake_tower_mean_(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]) -> None:
     return None
 
 
-@torch.library.register_fake("torchtower::tower_mean_with_statistics_")
 def _fake_tower_mean_with_statistics_(
     out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +102,9 @@ def _fake_tower_mean_with_statistics_(
         torch.empty(len(out), dtype=torch.float64, device=device),
     )
 
+
+torch.library.register_fake("torchtower::tower_mean_", _fake_tower_mean_)
+torch.library.register_fake("torchtower::tower_mean_with_statistics_", _fake_tower_mean_with_statistics_)
 
 _library = torch.library.Library("torchtower", "IMPL")
 _library.impl("tower_mean_", _composed.tower_mean_, "CompositeExplicitAutograd")

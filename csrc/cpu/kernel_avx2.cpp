@@ -16,9 +16,10 @@ TORCHTOWER_INLINE U16 float_to_half(F32 value) {
   return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// x comes from float32, so its square is exact in float64 and a fused sum rounds as a plain one.
-TORCHTOWER_INLINE F64 add_exact_square(F64 sum, F64 x) {
-  return (F64)_mm256_fmadd_pd((__m256d)x, (__m256d)x, (__m256d)sum);
+// The square of a float32 is exact in float64, so a fused sum rounds as a plain one.
+TORCHTOWER_INLINE F64 add_exact_squares(F64 sum, F32x4 values) {
+  const __m256d wide = _mm256_cvtps_pd((__m128)values);
+  return (F64)_mm256_fmadd_pd(wide, wide, (__m256d)sum);
 }
 
 TORCHTOWER_INLINE void stream(void* to, F32 value) {
@@ -27,8 +28,15 @@ TORCHTOWER_INLINE void stream(void* to, F32 value) {
 TORCHTOWER_INLINE void stream(void* to, F64 value) {
   _mm256_stream_pd(static_cast<double*>(to), (__m256d)value);
 }
+TORCHTOWER_INLINE void stream(void* to, U32 value) {
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
+}
 TORCHTOWER_INLINE void stream(void* to, U16 value) {
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
+}
+TORCHTOWER_INLINE void stream(void* to, F32Pair value) {
+  stream(to, value.first);
+  stream(static_cast<float*>(to) + 8, value.second);
 }
 TORCHTOWER_INLINE void end_stream() { _mm_sfence(); }
 

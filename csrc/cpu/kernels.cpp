@@ -8,7 +8,7 @@ namespace torchtower::cpu {
 
 namespace {
 
-constexpr size_t kMost = 3;
+constexpr size_t kMost = 2;
 
 struct Available {
   std::array<const Kernels*, kMost> kernels{};
@@ -29,6 +29,8 @@ const Available& available() {
         __builtin_cpu_supports("f16c")) {
       machine.add(kAvx2Kernels);
     }
+#elif defined(__aarch64__)
+    machine.add(kNeonKernels);
 #endif
     machine.add(kBaselineKernels);
     return machine;

@@ -25,10 +25,12 @@ struct Kernels {
                                const Towers& towers, const PieceStatistics& statistics);
 };
 
-// Runs on every machine of the architecture: x86-64 with SSE2, or AArch64 with NEON.
+// Run on every machine.
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
 #endif
 
 // The best that this machine has, unless use_kernels has said otherwise.
