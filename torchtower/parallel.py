@@ -18,6 +18,7 @@ from torchtower.devices import DeviceId, parse_device_ids
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import gather_structure, map_tensors
 from torchtower.shards import Shards
+from torchtower.thread_state import untraced
 from torchtower.towers import ForwardResult, Towers
 
 _BUFFER_POLICIES = ("main", "mean")
@@ -120,10 +121,15 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         """
         if self.num_towers == 1 or current_tower() is not None:
             return self._forward_alone(inputs, kwargs)
+        run = self._forward_untraced if torch.compiler.is_compiling() else self._forward_on_towers
+        return run(inputs, kwargs)
+
+    def _forward_on_towers(self, inputs: Any, kwargs: Any) -> Any:
         shards = Shards((inputs, kwargs), self.num_towers, self.dim)
         with self._lock:
-            result = self._running().run(_call_module, shards)
-            return self._gather(result)
+            return self._gather(self._running().run(_call_module, shards))
+
+    _forward_untraced = untraced(_forward_on_towers)
 
     def _gather(self, result: ForwardResult) -> Any:
         columns: list[list[Tensor]] = []
@@ -184,6 +190,11 @@ class TowerParallel(nn.DataParallel[nn.Module]):
             loss, _ = _loss_and_weight(loss_fn(self.module, *batch, **kwargs), 0)
             self.tower_losses = [loss.detach()]
             return loss
+        run = self._tower_loss_untraced if torch.compiler.is_compiling() else self._tower_loss_on_towers
+        mean: Tensor = run(loss_fn, batch, kwargs)
+        return mean
+
+    def _tower_loss_on_towers(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
         shards = Shards((batch, kwargs), self.num_towers, self.dim)
 
         def call(replica: nn.Module, shard: Any) -> Any:
@@ -201,6 +212,8 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         self.tower_losses = [loss.detach() for loss, _ in pairs]
         assert mean is not None
         return mean
+
+    _tower_loss_untraced = untraced(_tower_loss_on_towers)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

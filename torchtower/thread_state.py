@@ -31,6 +31,11 @@ class Autocast:
     dtype: torch.dtype
 
 
+# Decorates what a surrounding torch.compile must leave alone: the graph breaks there and nothing within is traced.
+# Unlike torch.compiler.disable it does not import the compiler.
+untraced: Any = vars(torch)["_disable_dynamo"]
+
+
 class ThreadState:
     """The caller's thread-local state, taken at construction; `run` does work under it in another thread.
 
