@@ -7,7 +7,8 @@ missing and sparse gradients, other devices and names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,13 +107,27 @@ def _fake_tower_mean_with_statistics_(
 torch.library.register_fake("torchtower::tower_mean_", _fake_tower_mean_)
 torch.library.register_fake("torchtower::tower_mean_with_statistics_", _fake_tower_mean_with_statistics_)
 
+
+def _resolving(name: str) -> Callable[..., Any]:
+    """Stand before a kernel where some tensor is lazily conjugated or negated, which torch allows no list to be."""
+    op = getattr(_ops, name).default
+
+    @torch.no_grad()
+    def resolve(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]) -> Any:
+        plain = [mean.resolve_conj().resolve_neg() for mean in out]
+        result = op(plain, [grad.resolve_conj().resolve_neg() for grad in grads], weights)
+        for mean, resolved in zip(out, plain, strict=True):
+            if resolved is not mean:
+                mean.copy_(resolved)
+        return result
+
+    return resolve
+
+
 _library = torch.library.Library("torchtower", "IMPL")
-_library.impl("tower_mean_", _composed.tower_mean_, "CompositeExplicitAutograd")
-_library.impl(
-    "tower_mean_with_statistics_",
-    _composed.tower_mean_with_statistics_,
-    "CompositeExplicitAutograd",
-)
-# The ops write in place and are no part of a graph: autograd need not look at thousands of tensors to find that out.
 for _name in ("tower_mean_", "tower_mean_with_statistics_"):
+    _library.impl(_name, getattr(_composed, _name), "CompositeExplicitAutograd")
+    # The ops are no part of a graph: autograd need not look at thousands of tensors to find that out.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    for _bit in ("Conjugate", "Negative"):
+        _library.impl(_name, _resolving(_name), _bit)
