@@ -37,14 +37,15 @@ def tower_sum(value: Tensor) -> Tensor:
     """
     if current_tower() is None:
         return value
-    return _TowerSum.apply(value)  # type: ignore[no-any-return]
+    total: Tensor = _TowerSum.apply(value)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _TowerSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        total, *others = exchange(value.detach())
-        total = total.to(value.device, copy=True)
+        first, *others = exchange(value.detach())
+        total: Tensor = first.to(value.device, copy=True)
         for other in others:
             total += other.to(value.device)
         return total

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ import torch
 from torch import Tensor
 
 from torchtower.averaging import Grad, weighted_sum
+from torchtower.collect import Collection, Sender
+from torchtower.devices import move
 from torchtower.held import HeldGradients
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import cat_rows
@@ -79,6 +82,7 @@ class Family:
         weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
         on_backward: told of every backward, after which trainable parameters may change.
         num_parameters: how many of the first bridge's inputs are the user's parameters; they come first.
+        buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
         synchronize: whether a backward reduces gradients, or has them kept back.
     """
@@ -87,6 +91,7 @@ class Family:
     weights: list[float]
     on_backward: Callable[[], None]
     num_parameters: int
+    buckets: list[list[int]]
     held: HeldGradients
     synchronize: bool = True
     keeps_graphs: bool = False
@@ -169,21 +174,26 @@ class Bridge:
         keep = _autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
             return self._differentiable_backward(main_inputs, grads, local_grads, keep)
-        keep = keep or self._family.keeps_graphs
+        family = self._family
+        parameters = main_inputs[: family.num_parameters]
+        held = family.held.take(parameters) if family.synchronize else []
+        collection = None
+        if family.buckets and family.synchronize and not held:
+            collection = Collection(family.buckets, family.weights, family.pool.devices[0])
         jobs = [
-            _LocalBackward(*parts, keep)
-            for parts in zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True)
+            _LocalBackward(*parts, keep or family.keeps_graphs, _sender(collection, tower, parts[2]))
+            for tower, parts in enumerate(zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True))
         ]
-        local = self._family.pool.run(jobs)
-        parameters = main_inputs[: self._family.num_parameters]
-        weights = self._family.weights
-        if not self._family.synchronize:
-            self._family.held.keep(parameters, local, weights)
-            nothing: list[Grad] = [None] * len(parameters)
-            local = [[*nothing, *grads[len(parameters) :]] for grads in local]
-            return join(self._in_ports, local, weights, in_place=True)
-        held = self._family.held.take(parameters)
-        return join(self._in_ports, local, weights, in_place=True, further=held)
+        local = family.pool.run(jobs)
+        if family.synchronize and collection is None:
+            return join(self._in_ports, local, family.weights, in_place=True, further=held)
+        collected: list[Grad] = [None] * len(parameters)
+        if collection is not None:
+            collected = collection.finish(local, len(parameters))
+        else:
+            family.held.keep(parameters, local, family.weights)
+        rest = [grads[len(parameters) :] for grads in local]
+        return collected + join(self._in_ports[len(parameters) :], rest, family.weights, in_place=True)
 
     def _local_grads(self, outputs: list[list[Grad]], grads: Sequence[Grad]) -> list[list[Grad]]:
         columns: list[list[Grad]] = []
@@ -257,7 +267,9 @@ class _LocalBackward:
         leaves: list[Grad],
         requires_grad: list[bool],
         keep_graph: bool,
+        sender: Sender | None,
     ) -> None:
+        self._sender = sender
         self._pairs = _roots(outputs, grads)
         self._leaves = leaves
         self._requires_grad = requires_grad
@@ -276,7 +288,8 @@ class _LocalBackward:
         with torch.autograd.set_multithreading_enabled(False):
             try:
                 _set_requires_grad(leaves, now, then)
-                torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
+                with nullcontext() if self._sender is None else self._sender.watching():
+                    torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
                 return [None if leaf is None else leaf.grad for leaf in self._leaves]
             finally:
                 for leaf in leaves:
@@ -337,7 +350,7 @@ def join(
         weights_of_columns = [*weights, *[1.0] * len(further)]
         sums = weighted_sum(columns, weights_of_columns, in_place=in_place, function="TowerParallel")
         for index, total in zip(shared, sums, strict=True):
-            results[index] = total
+            results[index] = None if total is None else move(total, ports[index].device)
         for index, port in enumerate(ports):
             if port.kind == "rows":
                 results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
@@ -357,7 +370,7 @@ def _join_rows(port: Port, parts: list[Grad], weights: list[float]) -> Grad:
             if port.sizes is not None:
                 shape[port.dim] = port.sizes[tower]
             part = like.new_zeros(shape, device=port.device)
-        part = part.detach().to(port.device, non_blocking=True)
+        part = move(part.detach(), port.device)
         whole.append(part if weight == 1 else part * weight)
     if len(whole) == 1 and port.sizes is not None:
         return whole[0]
@@ -367,7 +380,7 @@ def _join_rows(port: Port, parts: list[Grad], weights: list[float]) -> Grad:
 def _like(part: Grad, output: Grad) -> Grad:
     if part is None or output is None:
         return None
-    return part.detach().to(output.device, non_blocking=True)
+    return move(part.detach(), output.device)
 
 
 def _leaf(part: Grad, main: Tensor) -> Any:
@@ -386,3 +399,7 @@ def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[boo
     for leaf, old, new in zip(leaves, before, after, strict=True):
         if old is not new:
             leaf.requires_grad_(new)
+
+
+def _sender(collection: Collection | None, tower: int, leaves: list[Grad]) -> Sender | None:
+    return None if collection is None else collection.sender(tower, leaves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 DeviceId = int | str | torch.device
 
@@ -94,3 +95,11 @@ def _existing(
 def one_device_type(devices: Sequence[torch.device]) -> str:
     """The type that all towers' devices share."""
     return devices[0].type
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor to a device, without waiting where its own stream orders whoever reads it there.
+
+    Towards the CPU nothing would: the copy is waited for.
+    """
+    return tensor.to(device, non_blocking=device.type != "cpu")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.bridge import Port
-from torchtower.devices import DeviceId, parse_device_ids
+from torchtower.devices import DeviceId, move, parse_device_ids
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import gather_structure, map_tensors
 from torchtower.shards import Shards
@@ -256,7 +256,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
         main = self.devices[0]
         if main.type != "cpu" and current_tower() is None:
-            inputs, kwargs = map_tensors(lambda t: t.to(main, non_blocking=True), (inputs, kwargs))
+            inputs, kwargs = map_tensors(lambda t: move(t, main), (inputs, kwargs))
         return self.module(*inputs, **kwargs)
 
     def _running(self) -> Towers:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchtower.flat import flatten, unflatten
+
 _BUCKET_BYTES = 25 * 2**20
 
 
@@ -35,12 +37,9 @@ class RemoteStorage:
         self._buckets = []
         for bucket in _buckets(parameters):
             flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=self._device)
-            offset = 0
-            for parameter in bucket:
+            for parameter, view in zip(bucket, unflatten(flat, bucket), strict=True):
                 # .data: a later refresh must not invalidate the graphs of this bucket's other parameters
-                view = flat.as_strided(parameter.shape, _dense_strides(parameter), offset)
                 storages[id(parameter)] = view.data
-                offset += parameter.numel()
             self._buckets.append(Bucket(flat, bucket))
         return [storages[id(p)] for p in parameters]
 
@@ -70,9 +69,7 @@ class Bucket:
             return
         self._versions = versions
         with torch.no_grad():
-            parts = [_in_memory_order(parameter.detach()) for parameter in self._parameters]
-            source = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self._flat.data.copy_(source, non_blocking=True)
+            self._flat.data.copy_(flatten(self._parameters), non_blocking=True)
 
 
 def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -85,14 +82,3 @@ def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
         if sum(p.numel() * p.element_size() for p in bucket) >= _BUCKET_BYTES:
             full.append(open_.pop(key))
     return full + list(open_.values())
-
-
-def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
-    return torch.empty_like(parameter, device="meta").stride()
-
-
-def _in_memory_order(parameter: Tensor) -> Tensor:
-    strides = _dense_strides(parameter)
-    if strides != parameter.stride():
-        parameter = torch.empty_like(parameter).copy_(parameter)
-    return parameter.as_strided((parameter.numel(),), (1,), parameter.storage_offset())

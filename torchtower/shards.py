@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchtower.bridge import Port
+from torchtower.devices import move
 from torchtower.scatter_gather import Splits, map_tensors, plan_splits, tensors_in
 
 
@@ -56,7 +57,7 @@ class Shards:
             if id(tensor) not in taken:
                 parts = self._parts[id(tensor)]
                 part = tensor if parts is None else parts[tower]
-                part = part.detach().to(device, non_blocking=True)
+                part = move(part.detach(), device)
                 if (port := self._port_of.get(id(tensor))) is not None:
                     leaves[port] = part.requires_grad_()
                     part = _Writable.apply(part)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.bridge import Bridge, Family, Port
+from torchtower.collect import cut_buckets
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.original import Original
@@ -47,6 +48,7 @@ class Towers:
             Replica(self._original, device, is_main=index == 0, aliases=device == devices[0])
             for index, device in enumerate(devices)
         ]
+        self._plan_buckets()
         self._written: list[Written] = []
         self.held = HeldGradients()
         self.synchronize = True
@@ -85,6 +87,7 @@ class Towers:
         if changes is None:
             self._check_device()
             self._in_turn = _is_compiled(self._original.modules)
+            self._plan_buckets()
             for replica in self._replicas:
                 replica.rebuild()
         else:
@@ -96,6 +99,10 @@ class Towers:
         for replica in self._replicas:
             replica.refresh_parameters(stale)
             replica.refresh_buffers()
+
+    def _plan_buckets(self) -> None:
+        on_one_device = all(device == self.pool.devices[0] for device in self.pool.devices)
+        self._buckets = [] if on_one_device else cut_buckets(self._original.parameters)
 
     def _check_device(self) -> None:
         main = self.pool.devices[0]
@@ -136,7 +143,15 @@ class Towers:
         in_ports = [*[Port("shared", p.device) for p in parameters], *shards.ports]
         local_inputs = [[*replica.leaves, *own] for replica, own in zip(self._replicas, leaves, strict=False)]
         bridge = Bridge(
-            Family(self.pool, weights, self._freshness.on_backward, len(parameters), self.held, self.synchronize),
+            Family(
+                self.pool,
+                weights,
+                self._freshness.on_backward,
+                len(parameters),
+                self._buckets,
+                self.held,
+                self.synchronize,
+            ),
             in_ports,
             local_inputs,
             ports,

@@ -1,0 +1,147 @@
+"""Gradients of towers on other devices, on their way to the main device while the backwards still run.
+
+Note [Buckets]
+Parameters are cut into buckets, the last ones first, as gradients appear in that order. When a tower's backward has
+filled a bucket (post-accumulate hooks on its leaves tell), the bucket travels in one copy; the tower that completes a
+bucket reduces it in one fused pass and drops the copies, so that the main device never holds every tower's gradients.
+The reduction writes to tensors of its own: under reentrant checkpointing a leaf's hook fires more than once, and then
+that bucket travels and is reduced again at the end, from gradients that must be whole still.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from torchtower.averaging import Grad, weighted_sum
+from torchtower.devices import move
+from torchtower.flat import flatten, unflatten
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+def cut_buckets(parameters: Sequence[Tensor], bucket_bytes: int = _BUCKET_BYTES) -> list[list[int]]:
+    """Indices of the parameters that need gradients, last first, cut where a bucket is full or the dtype changes."""
+    buckets: list[list[int]] = []
+    size = 0
+    for index in reversed(range(len(parameters))):
+        parameter = parameters[index]
+        if not parameter.requires_grad:
+            continue
+        if not buckets or size >= bucket_bytes or parameters[buckets[-1][-1]].dtype != parameter.dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(index)
+        size += parameter.numel() * parameter.element_size()
+    return buckets
+
+
+class Collection:
+    """One backward's parameter gradients, reduced bucket by bucket on the main device.
+
+    Args:
+        buckets: from `cut_buckets`.
+        weights: of the towers that take part.
+        device: the main tower's.
+    """
+
+    def __init__(self, buckets: list[list[int]], weights: list[float], device: torch.device) -> None:
+        self._buckets = buckets
+        self._weights = weights
+        self._device = device
+        self._lock = threading.Lock()
+        self._arrived: list[dict[int, list[Grad]]] = [{} for _ in buckets]
+        self._reduced: dict[int, list[Grad]] = {}
+
+    def sender(self, tower: int, leaves: Sequence[Grad]) -> Sender:
+        """What watches tower ``tower``'s leaves and sends its buckets."""
+        return Sender(self, tower, leaves, self._buckets)
+
+    def send(self, bucket: int, tower: int, grads: list[Grad]) -> None:
+        """Move a bucket to the main device; reduce it if it was the last one missing."""
+        moved = _move(grads, self._device)
+        with self._lock:
+            self._arrived[bucket][tower] = moved
+            complete = len(self._arrived[bucket]) == len(self._weights)
+            towers = [self._arrived[bucket][t] for t in range(len(self._weights))] if complete else []
+        if complete:
+            with _on(self._device):
+                self._reduced[bucket] = weighted_sum(towers, self._weights, in_place=False, function="TowerParallel")
+            self._arrived[bucket] = {}
+
+    def spoil(self, bucket: int) -> None:
+        """A gradient of this bucket has grown since it was sent: what was made of it counts for nothing."""
+        with self._lock:
+            self._arrived[bucket] = {}
+            self._reduced.pop(bucket, None)
+
+    def finish(self, local_grads: list[list[Grad]], num_parameters: int) -> list[Grad]:
+        """Send what has not travelled yet, or must again; all backwards have ended.
+
+        Returns:
+            The reduced gradient of each parameter, None where no tower has one.
+        """
+        results: list[Grad] = [None] * num_parameters
+        for bucket, indices in enumerate(self._buckets):
+            if bucket not in self._reduced:
+                self._arrived[bucket] = {}
+                for tower, grads in enumerate(local_grads):
+                    self.send(bucket, tower, [grads[index] for index in indices])
+            for index, grad in zip(indices, self._reduced[bucket], strict=True):
+                results[index] = grad
+        return results
+
+
+class Sender:
+    """Sends a tower's buckets as its backward fills them; used in that tower's thread alone."""
+
+    def __init__(self, collection: Collection, tower: int, leaves: Sequence[Grad], buckets: list[list[int]]) -> None:
+        self._collection = collection
+        self._tower = tower
+        self._buckets = [[leaf for index in bucket if (leaf := leaves[index]) is not None] for bucket in buckets]
+        self._bucket_of = {id(leaf): bucket for bucket, leaves in enumerate(self._buckets) for leaf in leaves}
+        self._missing = [{id(leaf) for leaf in leaves} for leaves in self._buckets]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hear of every gradient that this tower accumulates."""
+        handles = [
+            leaf.register_post_accumulate_grad_hook(self._note)
+            for leaves in self._buckets
+            for leaf in leaves
+            if leaf.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, leaf: Tensor) -> None:
+        """A leaf's gradient has been accumulated; send its bucket if it is full now."""
+        bucket = self._bucket_of[id(leaf)]
+        missing = self._missing[bucket]
+        if id(leaf) not in missing:
+            if not missing:
+                self._collection.spoil(bucket)
+            return
+        missing.discard(id(leaf))
+        if not missing:
+            self._collection.send(bucket, self._tower, [leaf.grad for leaf in self._buckets[bucket]])
+
+
+def _move(grads: list[Grad], device: torch.device) -> list[Grad]:
+    """Bring gradients to ``device``, all dense ones of one dtype in a single copy."""
+    away = [grad for grad in grads if grad is not None and grad.device != device]
+    if not away or any(grad.layout is not torch.strided or grad.dtype != away[0].dtype for grad in away):
+        return [None if grad is None else move(grad, device) for grad in grads]
+    moved = iter(unflatten(move(flatten(away), device), away))
+    return [grad if grad is None or grad.device == device else next(moved) for grad in grads]
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
