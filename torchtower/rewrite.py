@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _CONTAINERS = (list, dict, set, OrderedDict, deque)
+_HOLDERS = (*_CONTAINERS, tuple)
 # A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
 _SMALL = 64
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
@@ -32,7 +33,7 @@ class Translation:
 
     Args:
         copy_containers: copy small containers even where nothing in them is translated, so that what one side adds
-            to them does not reach the other.
+            to them does not reach the other. Those that functions refer to stay shared: a hook may collect there.
     """
 
     def __init__(self, *, copy_containers: bool = False) -> None:
@@ -50,9 +51,9 @@ class Translation:
 
     def __call__(self, value: Any) -> Any:
         """``value`` itself where nothing in it is in the table, else a translated copy of it."""
-        return self._translate(value, {})
+        return self._translate(value, {}, self._copy_containers)
 
-    def _translate(self, value: Any, done: dict[int, Any]) -> Any:
+    def _translate(self, value: Any, done: dict[int, Any], copy: bool) -> Any:
         kind = type(value)
         if kind in _ATOMS:
             return value
@@ -68,8 +69,9 @@ class Translation:
             return value
         if id(value) not in done:
             done[id(value)] = value  # a cycle meets the original; rewriting it twice would never end
+            copy = copy and kind in _HOLDERS
             done[id(value)] = translate(
-                value, lambda part: self._translate(part, done), self._copy_containers and is_small_container(value)
+                value, lambda part: self._translate(part, done, copy), copy and is_small_container(value)
             )
         return done[id(value)]
 

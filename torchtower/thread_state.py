@@ -74,7 +74,7 @@ class ThreadState:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(self._grad_enabled))
             stack.enter_context(self._autocast_state())
-            if self._saved_tensor_hooks is not None:
+            if self._saved_tensor_hooks is not None and not _of_checkpoint(self._saved_tensor_hooks):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._saved_tensor_hooks))
             for mode in self._dispatch_modes:
                 _push_mode(mode)
@@ -115,6 +115,11 @@ def _set_autocast(autocasts: list[Autocast]) -> None:
     for autocast in autocasts:
         torch.set_autocast_enabled(autocast.device_type, autocast.enabled)
         torch.set_autocast_dtype(autocast.device_type, autocast.dtype)
+
+
+def _of_checkpoint(hooks: Any) -> bool:
+    # A checkpoint around the wrapper tells what it saved by its order, which towers at once would shuffle.
+    return getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def _names(device: torch.device, main_device: torch.device) -> bool:

@@ -13,8 +13,9 @@ from torchtower.bridge import Bridge, Family, Port
 from torchtower.collect import cut_buckets
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.original import Original
+from torchtower.original import MODULE_DICTS, Original
 from torchtower.replicate import Replica, Written, write_back
+from torchtower.rewrite import is_small_container
 from torchtower.scatter_gather import tensors_in
 from torchtower.shards import Shards
 from torchtower.workers import TowerPool
@@ -120,8 +121,8 @@ class Towers:
         with torch.no_grad():
             for index, buffer in enumerate(self._replicas[0].buffers):
                 if buffer.is_floating_point() or buffer.is_complex():
-                    columns = [[self._replicas[t].buffers[index]] for t in range(len(rows))]
-                    (mean,) = weighted_sum(columns, shares, in_place=False, function="TowerParallel")
+                    column = [self._replicas[t].buffers[index] for t in range(len(rows))]
+                    (mean,) = weighted_sum([column], shares, in_place=False)
                     assert mean is not None
                     buffer.copy_(mean)
 
@@ -168,7 +169,8 @@ class Towers:
         for local, main in zip(left_behind, connected, strict=True):
             translate.add(local, main)
         write_back(self._written, translate)
-        self._original.remember()
+        if not any(map(_is_structural, self._written)):
+            self._original.remember()
 
 
 class ForwardResult:
@@ -202,9 +204,16 @@ def _graph_tensors(written: Sequence[Written]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
 
 
+def _is_structural(written: Written) -> bool:
+    """Whether the replicas must be made anew: they would share what they do not know."""
+    values = written.value if written.name is None else [written.value]
+    return written.place in MODULE_DICTS or any(isinstance(v, nn.Module) or is_small_container(v) for v in values)
+
+
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:
     return any(
         module._compiled_call_impl is not None  # module.compile()
         or type(module).__module__ == "torch._dynamo.eval_frame"  # torch.compile(module)
+        or hasattr(module.forward, "_torchdynamo_orig_callable")  # torch.compile(module.forward)
         for module in modules
     )
