@@ -69,6 +69,23 @@ def test_every_copy_is_counted_by_its_way(simulated: types.ModuleType) -> None:
     assert simulated.copies() == {}
 
 
+def test_a_copy_to_the_cpu_that_does_not_block_is_there_only_after_a_synchronisation() -> None:
+    x = on(1, 3)
+    early = x.to("cpu", non_blocking=True)
+    assert early.isnan().all()
+    torch.accelerator.synchronize()
+    assert early.tolist() == [0, 1, 2]
+    assert x.to("cpu").tolist() == [0, 1, 2]
+
+
+def test_a_module_that_moves_here_keeps_its_parameters_and_their_ties() -> None:
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    weight = b.weight = a.weight
+    nn.Sequential(a, b).to("simulated:1")
+    assert a.weight is weight and b.weight is weight
+    assert weight.device == torch.device("simulated:1")
+
+
 def test_memory_is_accounted_to_its_device(simulated: types.ModuleType) -> None:
     before = [simulated.memory_allocated(index) for index in range(2)]
     x = torch.empty(1000, dtype=torch.uint8, device="simulated:1")

@@ -8,7 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <functional>
 #include <map>
+#include <mutex>
+#include <vector>
 
 namespace simulated {
 
@@ -41,8 +44,31 @@ inline c10::Device resolve(c10::Device device) {
   return device.has_index() ? device : c10::Device(kType, current_index);
 }
 
-// Everything runs in the calling thread, so a stream is only a number and an event only the fact of
-// its existence.
+// Copies to the CPU that were asked not to block; they happen at the next synchronisation.
+class Unfinished {
+ public:
+  void add(std::function<void()> copy) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    copies_.push_back(std::move(copy));
+  }
+  void finish() {
+    std::vector<std::function<void()>> copies;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      copies.swap(copies_);
+    }
+    for (const auto& copy : copies) copy();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::function<void()>> copies_;
+};
+
+inline Unfinished unfinished;
+
+// All else runs at once in the calling thread, so a stream is only a number and an event only the
+// fact of its existence.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kType; }
   c10::DeviceIndex deviceCount() const noexcept override { return device_count(); }
@@ -77,8 +103,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeDevice(c10::DeviceIndex) const override {}
+  void synchronizeStream(const c10::Stream&) const override { unfinished.finish(); }
+  void synchronizeDevice(c10::DeviceIndex) const override { unfinished.finish(); }
 
   void record(void** event, const c10::Stream& stream, c10::DeviceIndex index,
               c10::EventFlag) const override {
@@ -89,7 +115,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
+  void synchronizeEvent(void*) const override { unfinished.finish(); }
   double elapsedTime(void*, void*, c10::DeviceIndex) const override { return 0; }
 };
 

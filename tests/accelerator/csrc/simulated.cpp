@@ -1,5 +1,5 @@
 // A simulated accelerator that is neither the CPU nor CUDA: several devices in host memory, behind
-// PyTorch's key for private backends. Everything runs at once in the calling thread.
+// PyTorch's key for private backends.
 //
 // After the ideas of PyTorch's own test backend,
 // test/cpp_extensions/open_registration_extension/torch_openreg.
@@ -38,9 +38,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("unfold", at::native::unfold);
   m.impl("_copy_from", copy_from);
+  m.impl("_has_compatible_shallow_copy_type", has_compatible_shallow_copy_type);
   m.impl("native_dropout", native_dropout);
   m.impl("_thnn_fused_lstm_cell", lstm_cell);  // in inference mode
   m.impl("_thnn_fused_gru_cell", gru_cell);
+  // PyTorch's generic wrapper of this one resizes its output twice, and warns.
+  m.impl("mse_loss", torch::CppFunction::makeFromBoxedFunction<&call_on_cpu>());
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable",
          torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());

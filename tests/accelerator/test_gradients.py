@@ -1,0 +1,318 @@
+"""On an accelerator too, every gradient is the plain module's on the whole batch, in float64 to 1e-12."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.accelerator.towers import (
+    assert_same_gradients,
+    assert_same_state,
+    assert_same_values,
+    device,
+    every_layout,
+    mlp,
+    rows,
+    twins,
+)
+from torchtower import TowerParallel
+
+where_inputs_lie = pytest.mark.parametrize("place", ["cpu", "main", "other"])
+
+
+def placed(tensor: Tensor, place: str, wrapped: TowerParallel) -> Tensor:
+    main = wrapped.devices[0]
+    return tensor.to({"cpu": "cpu", "main": main, "other": device(1 - main.index)}[place])
+
+
+@every_layout
+@where_inputs_lie
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_drop_in_gradients_equal_the_plain_modules(devices: list[int], place: str, count: int) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    x, y = rows(count), rows(count, 2, seed=1)
+    out = wrapped(placed(x, place, wrapped))
+    assert out.device == device(devices[0])
+    F.mse_loss(out, y.to(out.device)).backward()
+    F.mse_loss(plain(x), y).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+@where_inputs_lie
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_tower_loss_gradients_equal_the_plain_modules(devices: list[int], place: str, count: int) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    x, y = rows(count), rows(count, 2, seed=1)
+    batch = [placed(tensor, place, wrapped) for tensor in (x, y)]
+    loss = wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), *batch)
+    loss.backward()
+    expected = F.mse_loss(plain(x), y)
+    expected.backward()
+    assert loss.device == device(devices[0])
+    assert_same_values(loss, expected)
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_gradients_of_inputs_arrive_where_the_inputs_lie(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    expected = rows(5).requires_grad_()
+    plain(expected).square().sum().backward()
+    for place in ("cpu", "main", "other"):
+        x = placed(rows(5), place, wrapped).requires_grad_()
+        wrapped(x).square().sum().backward()
+        assert x.grad is not None and x.grad.device == x.device
+        assert_same_values(x.grad, expected.grad)
+
+
+@every_layout
+@pytest.mark.parametrize("output_device", [0, 1, "cpu"])
+def test_outputs_lie_on_output_device(devices: list[int], output_device: int | str) -> None:
+    plain, wrapped = twins(mlp(), devices, output_device=output_device)
+    out = wrapped(rows(5))
+    assert out.device == torch.device("cpu" if output_device == "cpu" else device(int(output_device)))
+    out.square().sum().backward()
+    plain(rows(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_no_device_ids_means_every_device() -> None:
+    wrapped = TowerParallel(mlp().to("simulated:0"))
+    assert [str(d) for d in wrapped.devices] == ["simulated:0", "simulated:1"]
+    assert wrapped(torch.ones(4, 3)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@every_layout
+def test_twenty_steps_follow_the_plain_modules_path(
+    devices: list[int], optimizer: Callable[..., torch.optim.Optimizer]
+) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    steppers = [optimizer(model.parameters(), lr=0.01, **options) for model in (plain, wrapped)]
+    for step in range(20):
+        x, y = rows(7, seed=step), rows(7, 2, seed=100 + step)
+        for model, stepper in zip((plain, wrapped), steppers, strict=True):
+            stepper.zero_grad()
+            out = model(x)
+            F.mse_loss(out, y.to(out.device)).backward()
+            stepper.step()
+    for ours, theirs in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        assert_same_values(ours, theirs, 1e-9)
+
+
+# ---- no deadlock, whatever goes backward
+
+
+def penalty(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    return out.square().mean() + grad.square().sum().to(out.device)
+
+
+@every_layout
+@where_inputs_lie
+def test_a_gradient_penalty_equals_the_plain_modules(devices: list[int], place: str) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    x = placed(rows(5), place, wrapped).requires_grad_()
+    expected = rows(5).requires_grad_()
+    penalty(wrapped, x).backward()
+    penalty(plain, expected).backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_values(x.grad, expected.grad)
+
+
+@every_layout
+def test_double_backward_to_the_parameters_equals_the_plain_modules(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    for model in (plain, wrapped):
+        grads = torch.autograd.grad(model(rows(5)).square().sum(), list(model.parameters()), create_graph=True)
+        sum(grad.square().sum() for grad in grads).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+@pytest.mark.parametrize("num_threads", [2, 4])
+def test_backward_from_several_threads_at_once_ends(devices: list[int], num_threads: int) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    losses = [wrapped(rows(6, seed=seed)).square().sum() for seed in range(num_threads)]
+    threads = [threading.Thread(target=loss.backward) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(num_threads):
+        plain(rows(6, seed=seed)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_forward_and_backward_from_several_threads_at_once_end(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    threads = [
+        threading.Thread(target=lambda seed=seed: wrapped(rows(6, seed=seed)).square().sum().backward())
+        for seed in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(3):
+        plain(rows(6, seed=seed)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_two_wrappers_on_opposite_main_devices_go_backward_at_once() -> None:
+    pairs = [twins(mlp(), layout) for layout in ([0, 1], [1, 0])]
+    for _ in range(10):
+        losses = [wrapped(rows(6)).square().sum() for _, wrapped in pairs]
+        threads = [threading.Thread(target=loss.backward) for loss in losses]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for plain, _ in pairs:
+            plain(rows(6)).square().sum().backward()
+    for plain, wrapped in pairs:
+        assert_same_gradients(wrapped, plain)
+
+
+def test_one_loss_over_two_wrappers_on_opposite_main_devices() -> None:
+    (plain_a, a), (plain_b, b) = twins(mlp(), [0, 1]), twins(nn.Linear(2, 2), [1, 0])
+    b(a(rows(6))).square().sum().backward()
+    plain_b(plain_a(rows(6))).square().sum().backward()
+    assert_same_gradients(a, plain_a)
+    assert_same_gradients(b, plain_b)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.use_reentrant = nn.Linear(3, 4), nn.Linear(4, 2), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        out = checkpoint(lambda h: self.second(h.tanh()), hidden, use_reentrant=self.use_reentrant)
+        assert isinstance(out, Tensor)
+        return out
+
+
+@every_layout
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing_ends_and_is_right(devices: list[int], use_reentrant: bool) -> None:
+    plain, wrapped = twins(Checkpointed(use_reentrant), devices)
+    wrapped(rows(6)).square().sum().backward()
+    plain(rows(6)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- modules that devices bear upon
+
+
+@every_layout
+def test_batch_norm_keeps_the_main_towers_statistics_on_the_main_device(devices: list[int]) -> None:
+    alone, wrapped = twins(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), devices)
+    x = rows(8)
+    for _ in range(3):
+        wrapped(x)
+        alone(x[: 8 // len(devices)])
+    assert_same_state(wrapped, alone)
+    assert {buffer.device for buffer in wrapped.buffers()} == {device(devices[0])}
+
+
+@every_layout
+def test_pooled_buffers_are_the_mean_over_towers(devices: list[int]) -> None:
+    alone, wrapped = twins(nn.BatchNorm1d(3, momentum=1.0), devices, buffers="mean")
+    x = rows(8)
+    wrapped(x)
+    assert_same_values(wrapped.module.running_mean, x.mean(0))
+    assert wrapped.module.running_mean.device == device(devices[0])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.inner = kind(3, 4, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0]
+
+
+@every_layout
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_networks_train_alike(devices: list[int], kind: type[nn.RNNBase]) -> None:
+    plain, wrapped = twins(Recurrent(kind), devices)
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    wrapped(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_channels_last_convolutions_train_alike(devices: list[int]) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, bias=False))
+    plain, wrapped = twins(net.to(memory_format=torch.channels_last), devices)
+    x = torch.randn(5, 2, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    wrapped(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+    assert wrapped.module[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@every_layout
+def test_tied_frozen_and_unused_parameters_keep_their_rules(devices: list[int]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(2, 2)
+            self.b.weight = self.a.weight
+            self.a.bias.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    plain, wrapped = twins(Net(), devices)
+    wrapped(rows(5)).square().sum().backward()
+    plain(rows(5)).square().sum().backward()
+    assert wrapped.module.unused.weight.grad is None
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_gradients_accumulate_over_batches_and_within_no_sync(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    with wrapped.no_sync():
+        wrapped(rows(5)).square().sum().backward()
+        wrapped(rows(4, seed=1)).square().sum().backward()
+    wrapped(rows(3, seed=2)).square().sum().backward()
+    for count, seed in ((5, 0), (4, 1), (3, 2)):
+        plain(rows(count, seed=seed)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_the_same_towers_give_the_same_bits_however_they_lie() -> None:
+    grads = []
+    for devices in ([0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]):
+        torch.manual_seed(0)
+        wrapped = TowerParallel(mlp().to("simulated:0"), device_ids=devices)
+        wrapped(rows(9).float()).square().sum().backward()
+        grads.append([parameter.grad.cpu() for parameter in wrapped.parameters()])
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+def test_a_wrapper_of_two_devices_can_move_to_the_other_main_device_by_being_made_anew() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4)).sum().backward()
+    wrapped.module.zero_grad()
+    again = TowerParallel(wrapped.module.to("simulated:1"), device_ids=[1, 0])
+    again(rows(4)).square().sum().backward()
+    plain(rows(4)).square().sum().backward()
+    assert_same_gradients(again, plain)
