@@ -1,0 +1,1 @@
+"""Programs around the torch-free CPU kernels, and how the tests build them."""
