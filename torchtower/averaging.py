@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtower import ops
 
@@ -52,7 +53,7 @@ def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[fl
     """
     grads, variables = _split_pairs(tower_grads, "average_gradients")
     shares = normalized_weights(weights, len(grads), "average_gradients")
-    means = weighted_sum(grads, shares, in_place=False, function="average_gradients")
+    means = weighted_sum(_columns(grads, "average_gradients"), shares, in_place=False)
     return means if variables is None else list(zip(means, variables, strict=True))
 
 
@@ -110,31 +111,28 @@ def normalized_weights(weights: Sequence[float] | None, num_towers: int, functio
     return [value / largest / total for value in values]
 
 
-def weighted_sum(
-    tower_grads: Sequence[Sequence[Grad]],
-    weights: Sequence[float],
-    *,
-    in_place: bool,
-    function: str,
-) -> list[Grad]:
-    """Sum ``weights[t] * tower_grads[t][p]`` over towers, for every parameter ``p``.
+def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
+    """Sum ``weights[t] * columns[p][t]`` over towers, for every parameter ``p``.
 
     The road of both `average_gradients` and the autograd bridge.
 
     Args:
-        tower_grads: tower-major; dense, sparse or None; of any device.
+        columns: parameter-major, for each parameter one gradient a tower: dense, sparse or None; of any device.
         weights: raw, as `torchtower.ops.tower_mean_` takes them.
         in_place: write into the first dense gradient of each parameter, whose memory is hot and already mapped;
             it must be nobody else's.
-        function: the name that errors begin with.
 
     Returns:
         One gradient a parameter on the first tower's device; None where every tower has None.
     """
+    if _are_plain(columns) and 0 not in weights:
+        return list(_sum_dense(columns, weights, in_place))  # type: ignore[arg-type]
     results: list[Grad] = []
     # One call of the op for each set of towers that have a gradient: nearly always a single call.
     groups: dict[tuple[int, ...], list[tuple[int, list[Tensor]]]] = {}
-    for index, column in enumerate(_columns(tower_grads, function)):
+    main = next((grad.device for tower in zip(*columns, strict=True) for grad in tower if grad is not None), None)
+    for index, away in enumerate(columns):
+        column = [grad if grad is None or grad.device == main else grad.to(main) for grad in away]
         present = tuple(t for t, grad in enumerate(column) if grad is not None and weights[t] != 0)
         chosen = [grad for t in present if (grad := column[t]) is not None]
         results.append(None)
@@ -151,18 +149,28 @@ def weighted_sum(
     return results
 
 
-def _sum_dense(columns: list[list[Tensor]], weights: list[float], in_place: bool) -> Sequence[Tensor]:
+def _are_plain(columns: Sequence[Sequence[Grad]]) -> bool:
+    """Whether all gradients are there, dense and on one device: the usual case, told at the cost of a look at each."""
+    grads: list[Any] = list(chain.from_iterable(columns))
+    return (
+        {Tensor, nn.Parameter}.issuperset(map(type, grads))
+        and all(grad.layout is torch.strided for grad in grads)
+        and len({grad.device for grad in grads}) <= 1
+    )
+
+
+def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
     if torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads):
         return [_sum_composed(grads, weights) for grads in columns]
-    if in_place and weights == [1.0]:
+    if in_place and list(weights) == [1.0]:
         return [grads[0] for grads in columns]
     out = [grads[0] if in_place and not _is_expanded(grads[0]) else torch.empty_like(grads[0]) for grads in columns]
     towers = zip(*columns, strict=True)
-    ops.tower_mean_(out, [grad for tower in towers for grad in tower], weights)
+    ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
     return out
 
 
-def _sum_composed(grads: list[Tensor], weights: list[float]) -> Tensor:
+def _sum_composed(grads: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     # Differentiable, for create_graph: the native op is not.
     total = grads[0] * weights[0]
     for grad, weight in zip(grads[1:], weights[1:], strict=True):
@@ -191,31 +199,23 @@ def _stack(column: list[Grad]) -> Grad:
     like = next((grad for grad in column if grad is not None), None)
     if like is None:
         return None
-    rows = [torch.zeros_like(like) if grad is None else grad for grad in column]
+    rows = [torch.zeros_like(like) if grad is None else grad.to(like.device) for grad in column]
     if not all(row.is_sparse for row in rows):
         rows = [_dense(row) for row in rows]
     return torch.stack(rows)
 
 
 def _columns(tower_grads: Sequence[Sequence[Grad]], function: str) -> list[list[Grad]]:
-    """Parameter-major, on the main tower's device, checked to be alike over towers."""
-    columns: list[list[Grad]] = []
-    main = next((grad.device for tower in tower_grads for grad in tower if grad is not None), None)
-    for parameter, column in enumerate(zip(*tower_grads, strict=True)):
-        first = next((tower for tower, grad in enumerate(column) if grad is not None), None)
-        if first is None:
-            columns.append([None] * len(column))
-            continue
-        like = column[first]
-        assert like is not None
-        for tower in range(first + 1, len(column)):
-            grad = column[tower]
-            if grad is not None and (grad.shape != like.shape or grad.dtype != like.dtype):
+    """Parameter-major, checked to be alike over towers."""
+    columns = [list(column) for column in zip(*tower_grads, strict=True)]
+    for parameter, column in enumerate(columns):
+        first, like = next(((tower, grad) for tower, grad in enumerate(column) if grad is not None), (0, None))
+        for tower, grad in enumerate(column):
+            if grad is not None and like is not None and (grad.shape != like.shape or grad.dtype != like.dtype):
                 raise ValueError(
                     f"{function}: expected every tower's gradient of parameter {parameter} to be {_tell(like)} like "
                     f"tower {first}'s, but tower {tower}'s is {_tell(grad)}"
                 )
-        columns.append([grad if grad is None or grad.device == main else grad.to(main) for grad in column])
     return columns
 
 

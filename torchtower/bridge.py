@@ -29,6 +29,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ class Bridge:
             _LocalBackward(*parts, keep or family.keeps_graphs, _sender(collection, tower, parts[2]))
             for tower, parts in enumerate(zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True))
         ]
-        local = family.pool.run(jobs)
+        local = family.pool.run(jobs, weights=family.weights)
         if family.synchronize and collection is None:
             return join(self._in_ports, local, family.weights, in_place=True, further=held)
         collected: list[Grad] = [None] * len(parameters)
@@ -227,7 +228,7 @@ class Bridge:
             [*self._in_ports, *[self._out_ports[i] for i in given]],
             [[*a, *b] for a, b in zip(self._inputs, cotangents, strict=True)],
             self._in_ports,
-            self._family.pool.run(jobs),
+            self._family.pool.run(jobs, weights=self._family.weights),
         )
         return second.connect([*main_inputs, *main_grads])
 
@@ -344,13 +345,14 @@ def join(
     results: list[Grad] = [None] * len(ports)
     with torch.no_grad():
         shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
-        columns = [[tower[index] for index in shared] for tower in local_values]
-        for more in further:
-            columns.append([*more, *[None] * (len(shared) - len(more))])
-        weights_of_columns = [*weights, *[1.0] * len(further)]
-        sums = weighted_sum(columns, weights_of_columns, in_place=in_place, function="TowerParallel")
+        columns = [[tower[index] for tower in local_values] for index in shared]
+        if further:
+            nothing: list[Grad] = [None] * len(further)
+            columns = [[*a, *b] for a, b in zip_longest(columns, zip(*further, strict=True), fillvalue=nothing)]
+        sums = weighted_sum(columns, [*weights, *[1.0] * len(further)], in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
-            results[index] = None if total is None else move(total, ports[index].device)
+            apart = total is not None and total.device != ports[index].device
+            results[index] = move(total, ports[index].device) if apart and total is not None else total
         for index, port in enumerate(ports):
             if port.kind == "rows":
                 results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)

@@ -70,7 +70,8 @@ class Collection:
             towers = [self._arrived[bucket][t] for t in range(len(self._weights))] if complete else []
         if complete:
             with _on(self._device):
-                self._reduced[bucket] = weighted_sum(towers, self._weights, in_place=False, function="TowerParallel")
+                columns = list(zip(*towers, strict=True))
+                self._reduced[bucket] = weighted_sum(columns, self._weights, in_place=False)
             self._arrived[bucket] = {}
 
     def spoil(self, bucket: int) -> None:

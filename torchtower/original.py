@@ -6,7 +6,7 @@ Reads the user's module and never writes to it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -33,27 +33,28 @@ class Watch:
 
     def remember(self) -> None:
         """Take today's contents for the unchanged ones."""
+        self._before = [tuple(_values(container)) for container in self._containers]
         self._lengths = list(map(len, self._containers))
-        self._filled = [container for container in self._containers if container]
-        self._contents = list(chain.from_iterable(map(_values, self._filled)))
+        # Apart, so that the usual look at them runs without a line of Python for each.
+        self._dicts = [container for container in self._containers if container and isinstance(container, dict)]
+        self._others = [container for container in self._containers if container and not isinstance(container, dict)]
+        self._contents = list(self._flat())
+
+    def _flat(self) -> Iterator[Any]:
+        return chain(chain.from_iterable(map(dict.values, self._dicts)), chain.from_iterable(self._others))
 
     def changed(self) -> list[int]:
         """Which groups hold other objects than were remembered; costs little when none does."""
-        contents = chain.from_iterable(map(_values, self._filled))
         lengths = list(map(len, self._containers))
-        if lengths == self._lengths and all(map(is_, contents, self._contents)):
+        if lengths == self._lengths and all(map(is_, self._flat(), self._contents)):
             return []
         return [index for index, same in enumerate(self._compared()) if not same]
 
     def _compared(self) -> Iterator[bool]:
-        lengths, contents = iter(self._lengths), iter(self._contents)
+        before = iter(self._before)
         for group in self._groups:
-            same = True
-            for container in group:
-                before = list(islice(contents, next(lengths)))
-                now = list(_values(container))
-                same = same and len(now) == len(before) and all(map(is_, now, before))
-            yield same
+            pairs = [(tuple(_values(container)), next(before)) for container in group]
+            yield all(len(now) == len(then) and all(map(is_, now, then)) for now, then in pairs)
 
 
 def _values(container: Any) -> Iterable[Any]:
