@@ -29,7 +29,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
-from torchtower import TowerParallel, current_tower
+from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
 
 
 def steps_follow(plain: nn.Module, wrapped: nn.Module, make: Callable[[int], Tensor], steps: int = 3) -> None:
@@ -129,8 +129,6 @@ NORM_OPTIONS: list[dict[str, Any]] = [{}, {"affine": False}, {"track_running_sta
 def test_synchronised_batch_norm_is_batch_norm_over_the_whole_batch(
     num_towers: int, rows: int, options: dict[str, Any], style: str
 ) -> None:
-    from torchtower import convert_sync_batchnorm
-
     plain = nn.Sequential(
         nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 2)
     ).double()
@@ -156,8 +154,6 @@ def test_synchronised_batch_norm_is_batch_norm_over_the_whole_batch(
 
 
 def test_synchronised_batch_norm_takes_images_and_channels_last() -> None:
-    from torchtower import convert_sync_batchnorm
-
     plain = (
         nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)).double().to(memory_format=torch.channels_last)
     )
@@ -169,21 +165,22 @@ def test_synchronised_batch_norm_takes_images_and_channels_last() -> None:
     assert_close(wrapped.module[1].running_var, plain[1].running_var)
 
 
-def test_synchronised_batch_norm_differentiates_twice() -> None:
-    from torchtower import convert_sync_batchnorm
-
+@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+def test_synchronised_batch_norm_differentiates_twice(style: str) -> None:
     plain = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
     wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), 2)
     for net in (plain, wrapped):
-        x = batch(6, requires_grad=True)
-        (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        x = batch(7, requires_grad=True)
+        if style == "tower loss" and net is wrapped:
+            loss = wrapped.tower_loss(lambda net, x: net(x).square().mean(), x)
+        else:
+            loss = net(x).square().mean()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         gradient.square().sum().backward()
     assert_same_gradients(wrapped, plain, 1e-9)
 
 
 def test_conversion_keeps_parameters_statistics_and_state_dict() -> None:
-    from torchtower import convert_sync_batchnorm
-
     net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4)), nn.BatchNorm2d(4).eval()).double()
     before, parameters = copy.deepcopy(net.state_dict()), list(net.parameters())
     converted = convert_sync_batchnorm(net)
@@ -194,8 +191,6 @@ def test_conversion_keeps_parameters_statistics_and_state_dict() -> None:
 
 
 def test_synchronised_batch_norm_with_an_idle_tower_and_a_single_row_names_the_trouble() -> None:
-    from torchtower import convert_sync_batchnorm
-
     wrapped = wrap(convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3))).double(), 2)
     with pytest.raises(ValueError, match="more than 1 value"):
         wrapped(batch(1))

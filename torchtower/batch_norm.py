@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchtower.rounds import current_tower, exchange
+from torchtower.rounds import current_tower, exchange, weight_of_tower
 
 
 def tower_sum(value: Tensor) -> Tensor:
@@ -37,22 +37,27 @@ def tower_sum(value: Tensor) -> Tensor:
     """
     if current_tower() is None:
         return value
-    total: Tensor = _TowerSum.apply(value)  # type: ignore[no-untyped-call]
+    total: Tensor = _TowerSum.apply(value, False)  # type: ignore[no-untyped-call]
     return total
 
 
 class _TowerSum(torch.autograd.Function):
+    # A tower goes backward from its own loss, unweighted, and its gradients are weighted afterwards (see bridge). What
+    # comes back to this tower is other towers' loss, too: weighted as theirs, and by this tower's weight undone. That
+    # is linear again; its own backward, in the same unweighted terms, is the plain sum.
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        first, *others = exchange(value.detach())
+    def forward(ctx: Any, value: Tensor, weighted: bool) -> Tensor:
+        weight = weight_of_tower() if weighted else None
+        ctx.weighted = weight is not None
+        first, *others = exchange(value.detach() if weight in (None, 1) else value.detach() * weight)
         total: Tensor = first.to(value.device, copy=True)
         for other in others:
             total += other.to(value.device)
-        return total
+        return total / weight if weight else total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return tower_sum(grad)
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _TowerSum.apply(grad, not ctx.weighted), None  # type: ignore[no-untyped-call]
 
 
 class TowerBatchNorm(_BatchNorm):

@@ -35,6 +35,15 @@ def exchange(value: Any) -> list[Any]:
     return round_.exchange(value)
 
 
+def weight_of_tower() -> float | None:
+    """This tower's weight in the current backward, relative to the largest; None outside of a backward."""
+    round_: Round | None = getattr(_local, "round", None)
+    if round_ is None or round_.weights is None:
+        return None
+    weight: float = round_.weights[_local.tower_index]
+    return weight / max(round_.weights)
+
+
 class DesertedError(RuntimeError):
     """A tower waited for one that never came; whatever made the other stop is the news, not this."""
 
@@ -56,9 +65,13 @@ class Round:
 
     Args:
         starts: for each tower that takes part, its index and what makes its thread call `work`.
+        weights: of a backward's towers.
     """
 
-    def __init__(self, starts: Sequence[tuple[int, Callable[[Round], None]]]) -> None:
+    def __init__(
+        self, starts: Sequence[tuple[int, Callable[[Round], None]]], weights: Sequence[float] | None = None
+    ) -> None:
+        self.weights = weights
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
         self._unfinished = {tower for tower, _ in starts}

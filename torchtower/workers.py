@@ -53,12 +53,15 @@ class TowerPool:
             self.close()
             self._intra_op_threads = share
 
-    def run(self, jobs: Sequence[Job | None], *, in_turn: bool = False) -> list[Any]:
+    def run(
+        self, jobs: Sequence[Job | None], *, in_turn: bool = False, weights: Sequence[float] | None = None
+    ) -> list[Any]:
         """Do ``jobs[t]`` in tower ``t``'s thread, all at once as far as `max_concurrency` allows.
 
         Args:
             jobs: one a tower; None, or a list that ends early, leaves towers out.
             in_turn: one tower after the other.
+            weights: of the towers, in a backward.
 
         Returns:
             Each job's result in tower order, None for towers left out.
@@ -77,7 +80,7 @@ class TowerPool:
                 for tower, job in enumerate(jobs)
                 if job is not None
             ]
-            round_ = Round(starts)
+            round_ = Round(starts, weights)
             interrupt = round_.run(1 if in_turn else self.max_concurrency)
         if state.autocast:
             torch.clear_autocast_cache()  # what the towers left in it, see thread_state
