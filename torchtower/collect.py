@@ -2,8 +2,10 @@
 
 Note [Buckets]
 Parameters are cut into buckets, the last ones first, as gradients appear in that order. When a tower's backward has
-filled a bucket (post-accumulate hooks on its leaves tell), the bucket travels in one copy; the tower that completes a
-bucket reduces it in one fused pass and drops the copies, so that the main device never holds every tower's gradients.
+filled a bucket (post-accumulate hooks on its leaves tell), it says so; the tower that fills a bucket last fetches it
+from all, in one copy each, and reduces it in one fused pass. Until then a bucket stays on its tower's device, where its
+gradients live to the end anyway: however far one tower is ahead of another, the main device holds the copies of those
+buckets alone that are being reduced.
 The reduction writes to tensors of its own: under reentrant checkpointing a leaf's hook fires more than once, and then
 that bucket travels and is reduced again at the end, from gradients that must be whole still.
 """
@@ -56,45 +58,46 @@ class Collection:
         self._lock = threading.Lock()
         self._arrived: list[dict[int, list[Grad]]] = [{} for _ in buckets]
         self._reduced: dict[int, list[Grad]] = {}
+        self._spoiled: set[int] = set()
 
     def sender(self, tower: int, leaves: Sequence[Grad]) -> Sender:
         """What watches tower ``tower``'s leaves and sends its buckets."""
         return Sender(self, tower, leaves, self._buckets)
 
     def send(self, bucket: int, tower: int, grads: list[Grad]) -> None:
-        """Move a bucket to the main device; reduce it if it was the last one missing."""
-        moved = _move(grads, self._device)
+        """Note that a tower has filled a bucket; if it was the last one missing, fetch and reduce them all."""
         with self._lock:
-            self._arrived[bucket][tower] = moved
-            complete = len(self._arrived[bucket]) == len(self._weights)
-            towers = [self._arrived[bucket][t] for t in range(len(self._weights))] if complete else []
-        if complete:
-            with _on(self._device):
-                columns = list(zip(*towers, strict=True))
-                self._reduced[bucket] = weighted_sum(columns, self._weights, in_place=False)
+            arrived = self._arrived[bucket]
+            arrived[tower] = grads
+            if len(arrived) < len(self._weights) or bucket in self._spoiled:
+                return
             self._arrived[bucket] = {}
+        self._reduced[bucket] = self._reduce([arrived[t] for t in range(len(self._weights))])
 
     def spoil(self, bucket: int) -> None:
-        """A gradient of this bucket has grown since it was sent: what was made of it counts for nothing."""
+        """A gradient of this bucket has grown since it was sent: what was or is being made of it counts for nothing."""
         with self._lock:
-            self._arrived[bucket] = {}
-            self._reduced.pop(bucket, None)
+            self._spoiled.add(bucket)
 
     def finish(self, local_grads: list[list[Grad]], num_parameters: int) -> list[Grad]:
-        """Send what has not travelled yet, or must again; all backwards have ended.
+        """Reduce what has not been yet, or must be again; all backwards have ended.
 
         Returns:
             The reduced gradient of each parameter, None where no tower has one.
         """
         results: list[Grad] = [None] * num_parameters
         for bucket, indices in enumerate(self._buckets):
-            if bucket not in self._reduced:
-                self._arrived[bucket] = {}
-                for tower, grads in enumerate(local_grads):
-                    self.send(bucket, tower, [grads[index] for index in indices])
-            for index, grad in zip(indices, self._reduced[bucket], strict=True):
+            reduced = self._reduced.pop(bucket, None)
+            if reduced is None or bucket in self._spoiled:
+                reduced = self._reduce([[grads[index] for index in indices] for grads in local_grads])
+            for index, grad in zip(indices, reduced, strict=True):
                 results[index] = grad
         return results
+
+    def _reduce(self, towers: list[list[Grad]]) -> list[Grad]:
+        with _on(self._device):
+            columns = list(zip(*[_move(grads, self._device) for grads in towers], strict=True))
+            return weighted_sum(columns, self._weights, in_place=False)
 
 
 class Sender:

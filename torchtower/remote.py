@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchtower.devices import move
 from torchtower.flat import flatten, unflatten
 
 _BUCKET_BYTES = 25 * 2**20
+# What is larger is worth a copy of its own, and not worth a second copy on either side.
+_SMALL_BYTES = 2**20
 
 
 class RemoteStorage:
@@ -70,6 +73,22 @@ class Bucket:
         self._versions = versions
         with torch.no_grad():
             self._flat.data.copy_(flatten(self._parameters), non_blocking=True)
+
+
+def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy tensors to their like on one other device, or on the same; small ones of a dtype travel in one go."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        small = source.numel() * source.element_size() <= _SMALL_BYTES
+        if small and source.device != target.device and source.layout is torch.strided:
+            groups.setdefault(source.dtype, []).append(index)
+    arrived = list(sources)
+    for indices in groups.values():
+        alike = [sources[index] for index in indices]
+        flat = move(flatten(alike), targets[indices[0]].device)
+        for index, part in zip(indices, unflatten(flat, alike), strict=True):
+            arrived[index] = part
+    torch._foreach_copy_(list(targets), arrived, non_blocking=True)
 
 
 def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:

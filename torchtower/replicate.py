@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.original import MODULE_DICTS, Original, Watch
-from torchtower.remote import RemoteStorage
+from torchtower.remote import RemoteStorage, copy_together
 from torchtower.rewrite import Translation, is_small_container
 
 # Where a forward may put something new: the module's attributes, these dicts, and its own small lists and dicts.
@@ -147,7 +147,7 @@ class Replica:
         """Copy the original's buffers into this replica's."""
         if not self._is_main and self.buffers:
             with torch.no_grad():
-                torch._foreach_copy_(self.buffers, self._original.buffers, non_blocking=True)
+                copy_together(self._original.buffers, self.buffers)
 
     def written(self) -> list[Written]:
         """What this replica's forward wrote into attributes and dicts, as values of the replica's world."""

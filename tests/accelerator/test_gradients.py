@@ -229,7 +229,7 @@ def test_batch_norm_keeps_the_main_towers_statistics_on_the_main_device(devices:
 
 @every_layout
 def test_pooled_buffers_are_the_mean_over_towers(devices: list[int]) -> None:
-    alone, wrapped = twins(nn.BatchNorm1d(3, momentum=1.0), devices, buffers="mean")
+    _, wrapped = twins(nn.BatchNorm1d(3, momentum=1.0), devices, buffers="mean")
     x = rows(8)
     wrapped(x)
     assert_same_values(wrapped.module.running_mean, x.mean(0))
