@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define TORCHTOWER_HOST_DEVICE __host__ __device__
@@ -21,10 +22,9 @@ namespace torchtower::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;  // one LDG.E.128
-constexpr int kThreadBytesWide =
-    64;  // float32 and float64: 4 vectors of each tower in a thread's registers
-constexpr int kThreadBytesHalf =
-    32;  // half types: 2 vectors, which widen to 16 float32 sums as well
+// What a thread holds of each tower: 4 vectors, or 2 of half types, which widen to as many sums.
+constexpr int kThreadBytesWide = 64;
+constexpr int kThreadBytesHalf = 32;
 
 // How many bytes of arguments a launch may carry: 4 KB everywhere, 32,764 bytes from sm_70 on with
 // a driver of CUDA 12.1 or later. The statistics kernels take 48 bytes of pointers beside them.
@@ -101,8 +101,10 @@ struct Arguments {
   uint64_t words[kWords];
 
   TORCHTOWER_HOST_DEVICE int entry_words() const { return header.num_towers + kEntryWords; }
-  TORCHTOWER_HOST_DEVICE const Entry& entry(int index) const {
-    return *reinterpret_cast<const Entry*>(words + header.num_towers + index * entry_words());
+  TORCHTOWER_HOST_DEVICE Entry entry(int index) const {
+    Entry entry;
+    memcpy(&entry, words + header.num_towers + index * entry_words(), sizeof(entry));
+    return entry;
   }
   TORCHTOWER_HOST_DEVICE uint64_t grad(int index, int tower) const {
     return words[header.num_towers + index * entry_words() + kEntryWords + tower];
@@ -113,14 +115,14 @@ struct Arguments {
   TORCHTOWER_HOST_DEVICE int find_entry(uint32_t block) const {
     int low = 0;
     int high = header.num_entries;
-    while (high - low > 1) {
+    do {
       const int middle = (low + high) / 2;
       if (entry(middle).first_chunk <= block) {
         low = middle;
       } else {
         high = middle;
       }
-    }
+    } while (high - low > 1);
     return low;
   }
 };

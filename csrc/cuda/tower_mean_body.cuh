@@ -115,7 +115,7 @@ __device__ __forceinline__ void average_chunk(const Arguments<kBytes>& arguments
   using Sum = typename Numerics<kDType>::Sum;
   using ThreadShare = Share<Bits, kVectorised>;
   constexpr int kNumel = ThreadShare::kNumel;
-  constexpr int kUnrolled = kTowers > 0 && kVectorised ? kTowers : 1;
+  [[maybe_unused]] constexpr int kUnrolled = kTowers > 0 && kVectorised ? kTowers : 1;
   const int num_towers = kTowers > 0 ? kTowers : arguments.header.num_towers;
 
   // Negative zero is the identity of addition, of -0.0 too: the first tower is no special case.
@@ -162,7 +162,7 @@ template <DType kDType, int kTowers, class Recorder, int kBytes>
 __device__ __forceinline__ void average_block(const Arguments<kBytes>& arguments,
                                               Recorder& recorder) {
   const int index = arguments.find_entry(blockIdx.x);
-  const Entry& entry = arguments.entry(index);
+  const Entry entry = arguments.entry(index);
   const Chunk chunk = chunk_at(blockIdx.x - entry.first_chunk, entry.numel, entry.aligned != 0,
                                sizeof(typename Numerics<kDType>::Bits));
   if (chunk.vectorised) {
