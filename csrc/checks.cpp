@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/macros.h>
 
-#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -26,53 +25,6 @@ std::vector<double> take_doubles(StableIValue argument) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   return doubles;
 }
-
-bool same_shape(const TensorView& a, const TensorView& b) {
-  return a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes);
-}
-
-// Two layouts of one shape: a dimension of size 1 has no stride worth comparing.
-bool same_layout(const TensorView& tensor, const int64_t* strides) {
-  for (int64_t d = 0; d < tensor.dim; ++d) {
-    if (tensor.strides[d] != strides[d] && tensor.sizes[d] > 1) return false;
-  }
-  return true;
-}
-
-int64_t count_elements(const TensorView& tensor) {
-  int64_t numel = 1;
-  for (int64_t d = 0; d < tensor.dim; ++d) numel *= tensor.sizes[d];
-  return numel;
-}
-
-StrideVector contiguous_strides(const TensorView& tensor) {
-  StrideVector strides(tensor.dim);
-  int64_t stride = 1;
-  for (int64_t d = tensor.dim - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= tensor.sizes[d];
-  }
-  return strides;
-}
-
-Placement placement(const TensorView& tensor, const void* data) {
-  return {reinterpret_cast<uintptr_t>(data), tensor.sizes, tensor.strides, tensor.dim,
-          static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype))};
-}
-
-// Copies into and out of temporaries are no part of anybody's graph.
-class NoGradGuard {
- public:
-  NoGradGuard() : before_(aoti_torch_grad_mode_is_enabled()) {
-    aoti_torch_grad_mode_set_enabled(false);
-  }
-  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(before_); }
-  NoGradGuard(const NoGradGuard&) = delete;
-  NoGradGuard& operator=(const NoGradGuard&) = delete;
-
- private:
-  bool before_;
-};
 
 }  // namespace
 
@@ -166,7 +118,7 @@ void Call::check_gradient(const TensorView& grad, int64_t tower, int64_t index) 
          describe_device(grad.device_type, grad.device_index));
   }
   if (!same_shape(grad, out)) expected("shape " + describe_shape(out), describe_shape(grad));
-  if (grad.dtype == out.dtype && tower == 0) return;
+  if (grad.dtype == (tower == 0 ? out.dtype : first_dtypes_[index])) return;
   const RealDType* real = find_real_dtype(grad.dtype);
   if (real == nullptr) {
     fail("expected " + whose() +
@@ -178,23 +130,10 @@ void Call::check_gradient(const TensorView& grad, int64_t tower, int64_t index) 
   if (tower == 0 && !widens) {
     expected("the output's dtype, " + describe_dtype(out.dtype), describe_dtype(grad.dtype));
   }
-  const int32_t first = TensorView(grads_[index]).dtype;
-  if (grad.dtype != first) {
-    expected("dtype " + describe_dtype(first) + ", as tower 0's", describe_dtype(grad.dtype));
+  if (tower > 0) {
+    expected("dtype " + describe_dtype(first_dtypes_[index]) + ", as tower 0's",
+             describe_dtype(grad.dtype));
   }
-}
-
-const void* Call::as_laid_out(const TensorView& grad, const TensorView& layout) {
-  AtenTensorHandle source = grad.handle;
-  if (!same_layout(grad, layout.strides)) {
-    const StrideVector strides(layout.strides, layout.strides + layout.dim);
-    temporaries_.push_back(empty_strided_like(grad, strides));
-    source = temporaries_.back().get();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(source, grad.handle, 0));
-  }
-  const void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(source, &data));
-  return data;
 }
 
 void Call::read_gradients() {
@@ -202,6 +141,7 @@ void Call::read_gradients() {
   const int64_t num = num_parameters();
   const int64_t count = towers_.count;
   pointers_.resize(num * count);
+  first_dtypes_.resize(num);
   gradient_extents_.reserve(grads_.size());
   int64_t row = 0;  // among the towers that are read
   for (int64_t t = 0; t < num_towers_given(); ++t) {
@@ -209,7 +149,10 @@ void Call::read_gradients() {
     for (int64_t p = 0; p < num; ++p) {
       const TensorView grad(grads_[t * num + p]);
       check_gradient(grad, t, p);
-      if (t == 0) parameters_[p].dtype = find_real_dtype(grad.dtype)->dtype;
+      if (t == 0) {
+        first_dtypes_[p] = grad.dtype;
+        parameters_[p].dtype = find_real_dtype(grad.dtype)->dtype;
+      }
       const void* data = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &data));
       const bool is_out = data == out_data_[p] && grad.dtype == out_views_[p].dtype &&
@@ -220,61 +163,6 @@ void Call::read_gradients() {
     row += is_read;
   }
   for (int64_t p = 0; p < num; ++p) parameters_[p].grads = pointers_.data() + p * count;
-}
-
-std::string Call::find_overlap(bool exact) const {
-  std::vector<Extent> outs;
-  for (int64_t p = 0; p < num_parameters(); ++p) {
-    const Placement out = placement(out_views_[p], out_data_[p]);
-    if (exact) {
-      append_runs(out, p, outs);
-    } else if (parameters_[p].numel > 0) {
-      outs.push_back(extent(out, p));
-    }
-  }
-  const Conflict conflict = sort_and_find_conflict(outs);
-  if (conflict.first >= 0) {
-    return "the outputs of parameters " + std::to_string(conflict.first) + " and " +
-           std::to_string(conflict.second);
-  }
-  ExtentSearch search(outs);
-  std::vector<Extent> pieces(1);
-  for (const Extent& grad : gradient_extents_) {
-    pieces.assign(1, grad);
-    if (exact && search.find(grad) != nullptr) {
-      const TensorView view(grads_[grad.index]);
-      pieces.clear();
-      append_runs(placement(view, reinterpret_cast<const void*>(grad.begin)), grad.index, pieces);
-    }
-    for (const Extent& piece : pieces) {
-      const Extent* out = piece.begin == piece.end ? nullptr : search.find(piece);
-      if (out == nullptr) continue;
-      return "parameter " + std::to_string(out->index) + "'s output and tower " +
-             std::to_string(grad.index / num_parameters()) + "'s gradient of parameter " +
-             std::to_string(grad.index % num_parameters());
-    }
-  }
-  return "";
-}
-
-// Tensors with gaps may interleave, so what their extents suspect is looked at run by run.
-void Call::refuse_overlaps() const {
-  if (find_overlap(/*exact=*/false).empty()) return;
-  const std::string overlap = find_overlap(/*exact=*/true);
-  if (!overlap.empty()) {
-    fail(
-        "expected each output to share memory with nothing but, whole, its own parameter's "
-        "gradients, but " +
-        overlap + " overlap in part");
-  }
-}
-
-void Call::finish() {
-  const NoGradGuard no_grad;
-  for (int64_t p = 0; p < num_parameters(); ++p) {
-    if (layouts_[p].handle == out_views_[p].handle) continue;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out_views_[p].handle, layouts_[p].handle, 0));
-  }
 }
 
 }  // namespace torchtower

@@ -80,6 +80,7 @@ class Call {
   std::vector<const void*> pointers_;  // parameter-major: [num_parameters, towers_.count]
 
   std::vector<TensorView> out_views_;
+  std::vector<int32_t> first_dtypes_;  // of tower 0's gradients
   std::vector<void*> out_data_;
   std::vector<TensorView> layouts_;       // out_views_, or a dense temporary for an out with gaps
   std::vector<Extent> gradient_extents_;  // of those that are not out itself

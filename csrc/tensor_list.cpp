@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/macros.h>
 
+#include <algorithm>
+
 namespace torchtower {
 
 TensorView::TensorView(AtenTensorHandle tensor) : handle(tensor) {
@@ -15,6 +17,38 @@ TensorView::TensorView(AtenTensorHandle tensor) : handle(tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device_index));
   sizes = borrowed_sizes;
   strides = borrowed_strides;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes);
+}
+
+bool same_layout(const TensorView& tensor, const int64_t* strides) {
+  for (int64_t d = 0; d < tensor.dim; ++d) {
+    if (tensor.strides[d] != strides[d] && tensor.sizes[d] > 1) return false;
+  }
+  return true;
+}
+
+int64_t count_elements(const TensorView& tensor) {
+  int64_t numel = 1;
+  for (int64_t d = 0; d < tensor.dim; ++d) numel *= tensor.sizes[d];
+  return numel;
+}
+
+StrideVector contiguous_strides(const TensorView& tensor) {
+  StrideVector strides(tensor.dim);
+  int64_t stride = 1;
+  for (int64_t d = tensor.dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= tensor.sizes[d];
+  }
+  return strides;
+}
+
+Placement placement(const TensorView& tensor, const void* data) {
+  return {reinterpret_cast<uintptr_t>(data), tensor.sizes, tensor.strides, tensor.dim,
+          static_cast<int64_t>(aoti_torch_dtype_element_size(tensor.dtype))};
 }
 
 TensorList::TensorList(StableIValue argument) {

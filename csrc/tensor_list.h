@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "overlap.h"
+
 namespace torchtower {
 
 using StrideVector = std::vector<int64_t>;
@@ -32,6 +34,13 @@ struct TensorView {
   int32_t device_index;
 };
 
+bool same_shape(const TensorView& a, const TensorView& b);
+// A dimension of size 1 has no stride worth comparing.
+bool same_layout(const TensorView& tensor, const int64_t* strides);
+int64_t count_elements(const TensorView& tensor);
+StrideVector contiguous_strides(const TensorView& tensor);
+Placement placement(const TensorView& tensor, const void* data);
+
 // A Tensor[] argument, taken off the dispatcher's stack.
 class TensorList {
  public:
@@ -46,5 +55,19 @@ class TensorList {
 
 // An uninitialised tensor with the shape, dtype and device of `like` and the strides given.
 TensorHandle empty_strided_like(const TensorView& like, const StrideVector& strides);
+
+// Copies into and out of temporaries are no part of anybody's graph.
+class NoGradGuard {
+ public:
+  NoGradGuard() : before_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGradGuard() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGradGuard(const NoGradGuard&) = delete;
+  NoGradGuard& operator=(const NoGradGuard&) = delete;
+
+ private:
+  bool before_;
+};
 
 }  // namespace torchtower

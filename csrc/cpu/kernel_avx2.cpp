@@ -40,7 +40,12 @@ TORCHTOWER_INLINE void stream(void* to, F32Pair value) {
 }
 TORCHTOWER_INLINE void end_stream() { _mm_sfence(); }
 
+// In this order: each uses what stands before it.
+// clang-format off
+#include "formats.h"
+#include "squares.h"
 #include "kernel_body.h"
+// clang-format on
 
 }  // namespace
 

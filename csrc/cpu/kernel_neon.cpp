@@ -43,7 +43,12 @@ TORCHTOWER_INLINE void stream(void* to, Vector value) {
 }
 TORCHTOWER_INLINE void end_stream() {}
 
+// In this order: each uses what stands before it.
+// clang-format off
+#include "formats.h"
+#include "squares.h"
 #include "kernel_body.h"
+// clang-format on
 
 }  // namespace
 
