@@ -49,7 +49,7 @@ class Towers:
             Replica(self._original, device, is_main=index == 0, aliases=device == devices[0])
             for index, device in enumerate(devices)
         ]
-        self._plan_buckets()
+        self._plan_parameters()
         self._written: list[Written] = []
         self.held = HeldGradients()
         self.synchronize = True
@@ -88,7 +88,7 @@ class Towers:
         if changes is None:
             self._check_device()
             self._in_turn = _is_compiled(self._original.modules)
-            self._plan_buckets()
+            self._plan_parameters()
             for replica in self._replicas:
                 replica.rebuild()
         else:
@@ -101,9 +101,12 @@ class Towers:
             replica.refresh_parameters(stale)
             replica.refresh_buffers()
 
-    def _plan_buckets(self) -> None:
+    def _plan_parameters(self) -> None:
+        """How parameters cross the bridge, and how their gradients travel."""
+        parameters = self._original.parameters
+        self._ports = [Port("shared", parameter.device) for parameter in parameters]
         on_one_device = all(device == self.pool.devices[0] for device in self.pool.devices)
-        self._buckets = [] if on_one_device else cut_buckets(self._original.parameters)
+        self._buckets = [] if on_one_device else cut_buckets(parameters)
 
     def _check_device(self) -> None:
         main = self.pool.devices[0]
@@ -141,7 +144,6 @@ class Towers:
         nothing: list[Grad] = [None] * len(left_behind)
         rest: list[list[Grad]] = [list(left_behind), *[nothing for _ in outputs[1:]]]
         parameters = self._original.parameters
-        in_ports = [*[Port("shared", p.device) for p in parameters], *shards.ports]
         local_inputs = [[*replica.leaves, *own] for replica, own in zip(self._replicas, leaves, strict=False)]
         bridge = Bridge(
             Family(
@@ -153,7 +155,7 @@ class Towers:
                 self.held,
                 self.synchronize,
             ),
-            in_ports,
+            [*self._ports, *shards.ports],
             local_inputs,
             ports,
             [[*a, *b] for a, b in zip(outputs, rest, strict=True)],
