@@ -56,6 +56,7 @@ class ThreadState:
         self._function_modes = [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]
         self._dispatch_modes = [_C._get_dispatch_stack_at(i) for i in range(_C._len_torch_dispatch_stack())]
         self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
+        self._hooks_disabled = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self._context = contextvars.copy_context()
 
     @property
@@ -76,6 +77,8 @@ class ThreadState:
             stack.enter_context(self._autocast_state())
             if self._saved_tensor_hooks is not None and not _of_checkpoint(self._saved_tensor_hooks):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._saved_tensor_hooks))
+            if self._hooks_disabled is not None:
+                stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(self._hooks_disabled))
             for mode in self._dispatch_modes:
                 _push_mode(mode)
                 stack.callback(_pop_mode, getattr(mode, "_mode_key", None))

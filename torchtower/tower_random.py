@@ -8,8 +8,9 @@ the default generator's state and of t, taken at the first draw of a job: a forw
 nothing. ``F.dropout`` takes no generator, hence the detour: ATen's random operators are intercepted in tower threads
 alone, by a dispatch key that PyTorch keeps for its own tests, whose fallback is a fall-through (other operators pay
 nothing). Activation checkpointing saves and restores ``torch.random.default_generator``, so a stand-in with a face for
-each thread takes that name. Operators that draw on an accelerator and take no generator (fused dropout, attention) see
-the device's own generator set to the tower's state while they run.
+each thread takes that name, and another takes the name of the device module's ``default_generators``. Operators that
+draw on an accelerator and take no generator (fused dropout, attention) see the device's own generator set to the
+tower's state while they run, and it is theirs alone meanwhile.
 """
 
 from __future__ import annotations
@@ -17,33 +18,39 @@ from __future__ import annotations
 import functools
 import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _lock = threading.Lock()
-_install_lock = threading.Lock()
+_install_locks: dict[torch.device, threading.Lock] = {}
 _local = threading.local()
 _libraries: list[Any] = []
 
 
 class Seeds:
-    """What the towers of one job derive their generators from: the default generators' state at the first draw."""
+    """What the towers of one job derive their generators from: the default generators' state at the first draw.
 
-    def __init__(self) -> None:
-        self._states: dict[torch.device, int] = {}
+    Args:
+        main_device: whose default generator the main tower draws from, hence the only one of its type that moves.
+    """
+
+    def __init__(self, main_device: torch.device) -> None:
+        self._main_device = main_device
+        self._states: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def seed(self, device: torch.device, tower_index: int) -> int:
-        """The seed of ``tower_index`` for draws on ``device``."""
+        """The seed of ``tower_index`` for draws on ``device``; on which device of its type makes no difference."""
         with self._lock:
-            if device not in self._states:
-                state = _default_generator(device).get_state()
-                self._states[device] = zlib.crc32(state.numpy().tobytes())
-        return zlib.crc32(f"{self._states[device]} {tower_index}".encode()) | tower_index << 32
+            if device.type not in self._states:
+                source = self._main_device if device.type == self._main_device.type else device
+                state = default_generator(source).get_state()
+                self._states[device.type] = zlib.crc32(state.numpy().tobytes())
+        return zlib.crc32(f"{self._states[device.type]} {tower_index}".encode()) | tower_index << 32
 
 
 class TowerGenerators:
@@ -56,12 +63,11 @@ class TowerGenerators:
 
     def on(self, device: torch.device) -> torch.Generator:
         """The generator that this tower's draws on ``device`` come from."""
-        seed = self._seeds.seed(device, self._tower_index)
-        if self._tower_index == 0:
-            return _default_generator(device)
         generator = self._generators.get(device)
         if generator is None:
-            generator = torch.Generator(device).manual_seed(seed)
+            seed = self._seeds.seed(device, self._tower_index)
+            main = self._tower_index == 0
+            generator = default_generator(device) if main else torch.Generator(device).manual_seed(seed)
             self._generators[device] = generator
         return generator
 
@@ -70,19 +76,28 @@ class TowerGenerators:
 def drawing_from(generators: TowerGenerators) -> Iterator[None]:
     """Let this thread's random operators draw from ``generators``."""
     key = _install()
-    _local.generators = generators
+    _local.generators, _local.borrowed = generators, None
     torch._C._dispatch_tls_set_dispatch_key_included(key, True)
     try:
         yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_included(key, False)
         _local.generators = None
+        generators.note_draws()
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
+def _hash_of(generator: torch.Generator) -> int:
+    return zlib.crc32(generator.get_state().numpy().tobytes())
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The device's own default generator, whichever thread asks."""
     if device.type == "cpu":
         return torch.default_generator
-    return torch.get_device_module(device).default_generators[device.index]  # type: ignore[no-any-return]
+    generators = torch.get_device_module(device).default_generators
+    if isinstance(generators, _DefaultGeneratorsOfThread):
+        generators = generators.real
+    return generators[device.index]  # type: ignore[no-any-return]
 
 
 class _DefaultGeneratorOfThread:
@@ -92,6 +107,23 @@ class _DefaultGeneratorOfThread:
         generators = getattr(_local, "generators", None)
         generator = torch.default_generator if generators is None else generators.on(torch.device("cpu"))
         return getattr(generator, name)
+
+
+class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
+    """Stands for a device module's ``default_generators``: in a tower's thread, that tower's own."""
+
+    def __init__(self, device_type: str, real: Sequence[torch.Generator]) -> None:
+        self._device_type = device_type
+        self.real = real
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def __getitem__(self, index: Any) -> Any:
+        generators = getattr(_local, "generators", None)
+        if generators is None or not isinstance(index, int):
+            return self.real[index]
+        return generators.on(torch.device(self._device_type, range(len(self.real))[index]))
 
 
 def _install() -> Any:
@@ -119,14 +151,24 @@ def _install_once() -> Any:
             continue
         if positions:
             kernel = functools.partial(_draw_with_generator, overload, key, positions[0])
-        elif torch.Tag.nondeterministic_seeded in overload.tags:
+        elif torch.Tag.nondeterministic_seeded in overload.tags and not _is_composed(schema.name, overload):
             kernel = functools.partial(_draw_without_generator, overload, key)
         else:
             continue
         operators.impl(overload, kernel, _KEY_NAME, with_keyset=True)
     _libraries.extend([fallback, operators])
     vars(torch.random)["default_generator"] = _DefaultGeneratorOfThread()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        module = vars(torch.get_device_module(accelerator))
+        module["default_generators"] = _DefaultGeneratorsOfThread(accelerator.type, module["default_generators"])
     return key
+
+
+def _is_composed(name: str, overload: Any) -> bool:
+    # Of operators that are intercepted in their turn, if they draw at all.
+    full_name = f"{name}.{overload._overloadname}".removesuffix(".default")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(full_name, "CompositeImplicitAutograd")
 
 
 def _overload(name: str, overload_name: str) -> Any:
@@ -135,36 +177,50 @@ def _overload(name: str, overload_name: str) -> Any:
 
 
 def _draw_with_generator(overload: Any, key: Any, position: int, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    if len(args) > position:
-        if args[position] is None:
-            generator = _local.generators.on(_device_of(args, kwargs))
+    given = args[position] if len(args) > position else kwargs.get("generator")
+    device = _device_of(args, kwargs)
+    if given is None and device != _local.borrowed:
+        generator = _local.generators.on(device)
+        if device.type != "cpu" and generator is default_generator(device):
+            return _draw_without_generator(overload, key, keyset, *args, **kwargs)  # another tower may borrow it
+        if len(args) > position:
             args = (*args[:position], generator, *args[position + 1 :])
-    elif kwargs.get("generator") is None:
-        kwargs["generator"] = _local.generators.on(_device_of(args, kwargs))
+        else:
+            kwargs["generator"] = generator
     return overload.redispatch(keyset.remove(key), *args, **kwargs)
 
 
 def _draw_without_generator(overload: Any, key: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     device = _device_of(args, kwargs)
     # On a CPU these are composed of operators that take a generator, which are intercepted in their turn.
-    if device.type == "cpu" or _local.generators.on(device) is _default_generator(device):
+    with nullcontext() if device.type == "cpu" or device == _local.borrowed else _borrowing(device):
         return overload.redispatch(keyset.remove(key), *args, **kwargs)
-    own, default = _local.generators.on(device), _default_generator(device)
-    with _lock:
+
+
+@contextmanager
+def _borrowing(device: torch.device) -> Iterator[None]:
+    """Let the device's default generator be this tower's and nobody else's."""
+    own, default = _local.generators.on(device), default_generator(device)
+    with _locks.setdefault(device, threading.Lock()):
+        _local.borrowed = device
         before = default.get_state()
-        default.set_state(own.get_state())
+        if own is not default:
+            default.set_state(own.get_state())
         try:
-            return overload.redispatch(keyset.remove(key), *args, **kwargs)
+            yield
         finally:
-            own.set_state(default.get_state())
-            default.set_state(before)
+            _local.borrowed = None
+            if own is not default:
+                own.set_state(default.get_state())
+                default.set_state(before)
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return value.device
-    device = torch.device(kwargs.get("device") or "cpu")
+    device = kwargs.get("device")
+    if device is None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        device = next((tensor.device for tensor in tensors), "cpu")
+    device = torch.device(device)
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     return device

@@ -72,7 +72,7 @@ class TowerPool:
             KeyboardInterrupt: Ctrl-C while waiting. Every tower has finished by then.
         """
         state = ThreadState({device.type for device in self.devices}, self.devices[0])
-        seeds = Seeds()
+        seeds = Seeds(self.devices[0])
         with self._lock:
             threads = self._started()
             starts = [
@@ -82,6 +82,7 @@ class TowerPool:
             ]
             round_ = Round(starts, weights)
             interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            seeds.move_on()
         if state.autocast:
             torch.clear_autocast_cache()  # what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error()) is not None:
