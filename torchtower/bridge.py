@@ -27,51 +27,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchtower.averaging import Grad, weighted_sum
+from torchtower.averaging import Grad
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.held import HeldGradients
+from torchtower.local_backward import LocalBackward, LocalGrad
+from torchtower.ports import Port, join
 from torchtower.rounds import current_tower
-from torchtower.scatter_gather import cat_rows
 from torchtower.workers import TowerPool
 
 _autograd: Any = torch._C._autograd
-
-
-@dataclass(frozen=True)
-class Port:
-    """How one value crosses the bridge; see Note [The bridge].
-
-    Args:
-        kind: ``"shared"``, ``"rows"`` or ``"solo"``.
-        device: where its value on the main side lives.
-        sizes: of rows: how many each tower has along ``dim``; None for 0-d tensors, one element a tower.
-        dim: of rows.
-    """
-
-    kind: str
-    device: torch.device
-    sizes: tuple[int, ...] | None = None
-    dim: int = 0
-
-    def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:
-        """The part of ``value`` that each tower gets, still on the main side's device."""
-        if self.kind == "shared":
-            return [value] * len(weights)
-        if self.kind == "solo":  # undoes the weight that the way back applies: nobody asked for one here
-            own = value / weights[0] if weights[0] else None
-            return [own, *[None] * (len(weights) - 1)]
-        if self.sizes is None:
-            return list(value.unbind())
-        return list(torch.split(value, list(self.sizes), self.dim))
 
 
 @dataclass
@@ -182,7 +153,7 @@ class Bridge:
         if family.buckets and family.synchronize and not held:
             collection = Collection(family.buckets, family.weights, family.pool.devices[0])
         jobs = [
-            _LocalBackward(*parts, keep or family.keeps_graphs, _sender(collection, tower, parts[2]))
+            LocalBackward(*parts, keep or family.keeps_graphs, _sender(collection, tower, parts[2]))
             for tower, parts in enumerate(zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True))
         ]
         local = family.pool.run(jobs, weights=family.weights)
@@ -220,7 +191,7 @@ class Bridge:
             [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
         ]
         jobs = [
-            _LocalGrad([outputs[i] for i in given], *rest)
+            LocalGrad([outputs[i] for i in given], *rest)
             for outputs, *rest in zip(self._alive(), cotangents, self._inputs, self._requires_grad, strict=True)
         ]
         second = Bridge(
@@ -258,127 +229,6 @@ class _BridgeNode(torch.autograd.Function):
         return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, grads))
 
 
-class _LocalBackward:
-    """One tower's backward into its leaves, in its thread."""
-
-    def __init__(
-        self,
-        outputs: list[Grad],
-        grads: list[Grad],
-        leaves: list[Grad],
-        requires_grad: list[bool],
-        keep_graph: bool,
-        sender: Sender | None,
-    ) -> None:
-        self._sender = sender
-        self._pairs = _roots(outputs, grads)
-        self._leaves = leaves
-        self._requires_grad = requires_grad
-        self._keep_graph = keep_graph
-
-    def __call__(self) -> list[Grad]:
-        if not self._pairs:
-            return [None] * len(self._leaves)
-        roots, grads = zip(*self._pairs, strict=True)
-        leaves = [leaf for leaf in self._leaves if leaf is not None]
-        # The flags of this forward; the user may have frozen or thawed parameters since.
-        now = [leaf.requires_grad for leaf in leaves]
-        then = [f for leaf, f in zip(self._leaves, self._requires_grad, strict=True) if leaf is not None]
-        # The node runs in the engine's thread of the main device; with that engine's threads the main tower's graph
-        # would wait for the very thread that waits for it.
-        with torch.autograd.set_multithreading_enabled(False):
-            try:
-                _set_requires_grad(leaves, now, then)
-                with nullcontext() if self._sender is None else self._sender.watching():
-                    torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
-                return [None if leaf is None else leaf.grad for leaf in self._leaves]
-            finally:
-                for leaf in leaves:
-                    leaf.grad = None
-                _set_requires_grad(leaves, then, now)
-
-
-class _LocalGrad:
-    """One tower's backward as a graph of its own, in its thread."""
-
-    def __init__(
-        self,
-        outputs: list[Grad],
-        grads: list[Grad],
-        leaves: list[Grad],
-        requires_grad: list[bool],
-    ) -> None:
-        self._pairs = _roots(outputs, grads)
-        self._leaves = leaves
-        self._requires_grad = requires_grad
-
-    def __call__(self) -> list[Grad]:
-        results: list[Grad] = [None] * len(self._leaves)
-        wanted = [i for i, flag in enumerate(self._requires_grad) if flag]
-        if self._pairs and wanted:
-            roots, grads = zip(*self._pairs, strict=True)
-            leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]
-            with torch.autograd.set_multithreading_enabled(False):
-                found = torch.autograd.grad(roots, leaves, grads, create_graph=True, allow_unused=True)
-            for index, grad in zip(wanted, found, strict=True):
-                results[index] = grad
-        return results
-
-
-def join(
-    ports: Sequence[Port],
-    local_values: list[list[Grad]],
-    weights: list[float],
-    *,
-    in_place: bool = False,
-    further: Sequence[Sequence[Grad]] = (),
-) -> list[Grad]:
-    """Bring the towers' values to the main side; None where no tower has one.
-
-    Args:
-        ports: one a value.
-        local_values: tower-major.
-        weights: of the towers.
-        in_place: the towers' values are nobody else's and may be written to.
-        further: more summands of the first ports, all shared, with the weight 1.
-    """
-    results: list[Grad] = [None] * len(ports)
-    with torch.no_grad():
-        shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
-        columns = [[tower[index] for tower in local_values] for index in shared]
-        if further:
-            nothing: list[Grad] = [None] * len(further)
-            columns = [[*a, *b] for a, b in zip_longest(columns, zip(*further, strict=True), fillvalue=nothing)]
-        sums = weighted_sum(columns, [*weights, *[1.0] * len(further)], in_place=in_place)
-        for index, total in zip(shared, sums, strict=True):
-            apart = total is not None and total.device != ports[index].device
-            results[index] = move(total, ports[index].device) if apart and total is not None else total
-        for index, port in enumerate(ports):
-            if port.kind == "rows":
-                results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
-            elif port.kind == "solo" and (value := local_values[0][index]) is not None:
-                results[index] = value.detach()
-    return results
-
-
-def _join_rows(port: Port, parts: list[Grad], weights: list[float]) -> Grad:
-    like = next((part for part in parts if part is not None), None)
-    if like is None:
-        return None
-    whole = []
-    for tower, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        if part is None:
-            shape = list(like.shape)
-            if port.sizes is not None:
-                shape[port.dim] = port.sizes[tower]
-            part = like.new_zeros(shape, device=port.device)
-        part = move(part.detach(), port.device)
-        whole.append(part if weight == 1 else part * weight)
-    if len(whole) == 1 and port.sizes is not None:
-        return whole[0]
-    return cat_rows(whole, port.dim)
-
-
 def _like(part: Grad, output: Grad) -> Grad:
     if part is None or output is None:
         return None
@@ -387,20 +237,6 @@ def _like(part: Grad, output: Grad) -> Grad:
 
 def _leaf(part: Grad, main: Tensor) -> Any:
     return None if part is None else part.detach().requires_grad_(main.requires_grad)
-
-
-def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]]:
-    return [
-        (output, grad)
-        for output, grad in zip(outputs, grads, strict=True)
-        if output is not None and grad is not None and output.requires_grad
-    ]
-
-
-def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:
-    for leaf, old, new in zip(leaves, before, after, strict=True):
-        if old is not new:
-            leaf.requires_grad_(new)
 
 
 def _sender(collection: Collection | None, tower: int, leaves: list[Grad]) -> Sender | None:

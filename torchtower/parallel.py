@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
-from torchtower.bridge import Port
 from torchtower.devices import DeviceId, move, parse_device_ids
+from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import gather_structure, map_tensors
 from torchtower.shards import Shards

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.bridge import Port
 from torchtower.devices import move
+from torchtower.ports import Port
 from torchtower.scatter_gather import Splits, map_tensors, plan_splits, tensors_in
 
 

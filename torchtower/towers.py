@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
-from torchtower.bridge import Bridge, Family, Port
+from torchtower.bridge import Bridge, Family
 from torchtower.collect import cut_buckets
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.original import MODULE_DICTS, Original
+from torchtower.ports import Port
 from torchtower.replicate import Replica, Written, write_back
 from torchtower.rewrite import is_small_container
 from torchtower.scatter_gather import tensors_in

@@ -1,0 +1,110 @@
+"""One tower's backward through its local graph, run in that tower's thread."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from torchtower.averaging import Grad
+from torchtower.collect import Sender
+
+
+class LocalBackward:
+    """A first-order backward, into the tower's leaves.
+
+    Args:
+        outputs: of the tower's forward.
+        grads: of these outputs; None where none is given.
+        leaves: of the tower's graph.
+        requires_grad: of the leaves, when the forward ran.
+        keep_graph: whether the graph may be walked again.
+        sender: what hears of the gradients as they appear, where they must travel.
+    """
+
+    def __init__(
+        self,
+        outputs: list[Grad],
+        grads: list[Grad],
+        leaves: list[Grad],
+        requires_grad: list[bool],
+        keep_graph: bool,
+        sender: Sender | None,
+    ) -> None:
+        self._sender = sender
+        self._pairs = _roots(outputs, grads)
+        self._leaves = leaves
+        self._requires_grad = requires_grad
+        self._keep_graph = keep_graph
+
+    def __call__(self) -> list[Grad]:
+        """Go backward; return each leaf's gradient, and leave none in the leaves."""
+        if not self._pairs:
+            return [None] * len(self._leaves)
+        roots, grads = zip(*self._pairs, strict=True)
+        leaves = [leaf for leaf in self._leaves if leaf is not None]
+        # The flags of this forward; the user may have frozen or thawed parameters since.
+        now = [leaf.requires_grad for leaf in leaves]
+        then = [f for leaf, f in zip(self._leaves, self._requires_grad, strict=True) if leaf is not None]
+        # The node runs in the engine's thread of the main device; with that engine's threads the main tower's graph
+        # would wait for the very thread that waits for it.
+        with torch.autograd.set_multithreading_enabled(False):
+            try:
+                _set_requires_grad(leaves, now, then)
+                with nullcontext() if self._sender is None else self._sender.watching():
+                    torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
+                return [None if leaf is None else leaf.grad for leaf in self._leaves]
+            finally:
+                for leaf in leaves:
+                    leaf.grad = None
+                _set_requires_grad(leaves, then, now)
+
+
+class LocalGrad:
+    """A backward that is a graph itself, for derivatives of higher order.
+
+    Args:
+        outputs: of the tower's graph.
+        grads: of these outputs; None where none is given.
+        leaves: of the tower's graph.
+        requires_grad: of the leaves, when the forward ran.
+    """
+
+    def __init__(
+        self,
+        outputs: list[Grad],
+        grads: list[Grad],
+        leaves: list[Grad],
+        requires_grad: list[bool],
+    ) -> None:
+        self._pairs = _roots(outputs, grads)
+        self._leaves = leaves
+        self._requires_grad = requires_grad
+
+    def __call__(self) -> list[Grad]:
+        """Go backward; return each leaf's gradient with its graph."""
+        results: list[Grad] = [None] * len(self._leaves)
+        wanted = [i for i, flag in enumerate(self._requires_grad) if flag]
+        if self._pairs and wanted:
+            roots, grads = zip(*self._pairs, strict=True)
+            leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]
+            with torch.autograd.set_multithreading_enabled(False):
+                found = torch.autograd.grad(roots, leaves, grads, create_graph=True, allow_unused=True)
+            for index, grad in zip(wanted, found, strict=True):
+                results[index] = grad
+        return results
+
+
+def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if output is not None and grad is not None and output.requires_grad
+    ]
+
+
+def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:
+    for leaf, old, new in zip(leaves, before, after, strict=True):
+        if old is not new:
+            leaf.requires_grad_(new)

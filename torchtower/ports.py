@@ -1,0 +1,96 @@
+"""How values cross the autograd bridge; see Note [The bridge]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from torchtower.averaging import Grad, weighted_sum
+from torchtower.devices import move
+from torchtower.scatter_gather import cat_rows
+
+
+@dataclass(frozen=True)
+class Port:
+    """How one value crosses the bridge.
+
+    Args:
+        kind: ``"shared"``, ``"rows"`` or ``"solo"``.
+        device: where its value on the main side lives.
+        sizes: of rows: how many each tower has along ``dim``; None for 0-d tensors, one element a tower.
+        dim: of rows.
+    """
+
+    kind: str
+    device: torch.device
+    sizes: tuple[int, ...] | None = None
+    dim: int = 0
+
+    def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:
+        """The part of ``value`` that each tower gets, still on the main side's device."""
+        if self.kind == "shared":
+            return [value] * len(weights)
+        if self.kind == "solo":  # undoes the weight that the way back applies: nobody asked for one here
+            own = value / weights[0] if weights[0] else None
+            return [own, *[None] * (len(weights) - 1)]
+        if self.sizes is None:
+            return list(value.unbind())
+        return list(torch.split(value, list(self.sizes), self.dim))
+
+
+def join(
+    ports: Sequence[Port],
+    local_values: list[list[Grad]],
+    weights: list[float],
+    *,
+    in_place: bool = False,
+    further: Sequence[Sequence[Grad]] = (),
+) -> list[Grad]:
+    """Bring the towers' values to the main side; None where no tower has one.
+
+    Args:
+        ports: one a value.
+        local_values: tower-major.
+        weights: of the towers.
+        in_place: the towers' values are nobody else's and may be written to.
+        further: more summands of the first ports, all shared, with the weight 1.
+    """
+    results: list[Grad] = [None] * len(ports)
+    with torch.no_grad():
+        shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
+        columns = [[tower[index] for tower in local_values] for index in shared]
+        if further:
+            nothing: list[Grad] = [None] * len(further)
+            columns = [[*a, *b] for a, b in zip_longest(columns, zip(*further, strict=True), fillvalue=nothing)]
+        sums = weighted_sum(columns, [*weights, *[1.0] * len(further)], in_place=in_place)
+        for index, total in zip(shared, sums, strict=True):
+            apart = total is not None and total.device != ports[index].device
+            results[index] = move(total, ports[index].device) if apart and total is not None else total
+        for index, port in enumerate(ports):
+            if port.kind == "rows":
+                results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
+            elif port.kind == "solo" and (value := local_values[0][index]) is not None:
+                results[index] = value.detach()
+    return results
+
+
+def _join_rows(port: Port, parts: list[Grad], weights: list[float]) -> Grad:
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    whole = []
+    for tower, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        if part is None:
+            shape = list(like.shape)
+            if port.sizes is not None:
+                shape[port.dim] = port.sizes[tower]
+            part = like.new_zeros(shape, device=port.device)
+        part = move(part.detach(), port.device)
+        whole.append(part if weight == 1 else part * weight)
+    if len(whole) == 1 and port.sizes is not None:
+        return whole[0]
+    return cat_rows(whole, port.dim)
