@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 _KEY_NAME = "TESTING_ONLY_GenericMode"
-_lock = threading.Lock()
-_install_locks: dict[torch.device, threading.Lock] = {}
+_install_lock = threading.Lock()
+_locks: dict[torch.device, threading.Lock] = {}  # of the default generators
 _local = threading.local()
 _libraries: list[Any] = []
 
@@ -41,16 +41,31 @@ class Seeds:
     def __init__(self, main_device: torch.device) -> None:
         self._main_device = main_device
         self._states: dict[str, int] = {}
+        self._drawn: set[str] = set()
         self._lock = threading.Lock()
 
     def seed(self, device: torch.device, tower_index: int) -> int:
         """The seed of ``tower_index`` for draws on ``device``; on which device of its type makes no difference."""
         with self._lock:
             if device.type not in self._states:
-                source = self._main_device if device.type == self._main_device.type else device
-                state = default_generator(source).get_state()
-                self._states[device.type] = zlib.crc32(state.numpy().tobytes())
+                self._states[device.type] = _hash_of(self._source(device.type))
         return zlib.crc32(f"{self._states[device.type]} {tower_index}".encode()) | tower_index << 32
+
+    def note_draw(self, device_type: str) -> None:
+        """A tower other than the main one has drawn."""
+        with self._lock:
+            self._drawn.add(device_type)
+
+    def move_on(self) -> None:
+        """Once all towers are done: where others drew and the main one did not, let the next job's seeds differ."""
+        for device_type in self._drawn:
+            source = self._source(device_type)
+            if _hash_of(source) == self._states[device_type]:
+                torch.empty((), device=source.device).random_(generator=source)
+
+    def _source(self, device_type: str) -> torch.Generator:
+        main = device_type == self._main_device.type
+        return default_generator(self._main_device if main else torch.device(device_type))
 
 
 class TowerGenerators:
@@ -60,16 +75,26 @@ class TowerGenerators:
         self._tower_index = tower_index
         self._seeds = seeds
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._fresh: dict[torch.device, int] = {}
 
     def on(self, device: torch.device) -> torch.Generator:
         """The generator that this tower's draws on ``device`` come from."""
         generator = self._generators.get(device)
         if generator is None:
             seed = self._seeds.seed(device, self._tower_index)
-            main = self._tower_index == 0
-            generator = default_generator(device) if main else torch.Generator(device).manual_seed(seed)
+            if self._tower_index == 0:
+                generator = default_generator(device)
+            else:
+                generator = torch.Generator(device).manual_seed(seed)
+                self._fresh[device] = _hash_of(generator)
             self._generators[device] = generator
         return generator
+
+    def note_draws(self) -> None:
+        """Tell what was drawn; recomputing what a checkpoint dropped is none, as it leaves generators as they were."""
+        for device, fresh in self._fresh.items():
+            if _hash_of(self._generators[device]) != fresh:
+                self._seeds.note_draw(device.type)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,23 +71,22 @@ def reset_peak_memory_stats(which: Any = None) -> None:
 
 def manual_seed_all(seed: int) -> None:
     """Seed every device's default generator; `torch.manual_seed` calls this."""
-    for generator in default_generators():
+    for generator in _generators():
         generator.manual_seed(seed)
-
-
-def default_generators() -> tuple[torch.Generator, ...]:
-    """Every device's default generator."""
-    return tuple(torch.ops.simulated.default_generator(index) for index in range(device_count()))
 
 
 def get_rng_state(which: Any = None) -> torch.Tensor:
     """The state of a device's default generator."""
-    return default_generators()[_index(which)].get_state()
+    return _generators()[_index(which)].get_state()
 
 
 def set_rng_state(state: torch.Tensor, which: Any = None) -> None:
     """Set the state of a device's default generator."""
-    default_generators()[_index(which)].set_state(state)
+    _generators()[_index(which)].set_state(state)
+
+
+def _generators() -> Sequence[torch.Generator]:
+    return torch.get_device_module(NAME).default_generators  # looked up at each call, as torch.cuda does
 
 
 def make_module() -> types.ModuleType:
@@ -94,7 +94,7 @@ def make_module() -> types.ModuleType:
     module = types.ModuleType(f"torch.{NAME}", __doc__)
     vars(module).update({thing.__name__: thing for thing in _EXPORTS})
     vars(module).update(
-        default_generators=default_generators(),
+        default_generators=tuple(map(torch.ops.simulated.default_generator, range(device_count()))),
         current_device=current_device_index,
         set_device=set_device_index,
         synchronize=synchronize,
