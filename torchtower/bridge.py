@@ -40,6 +40,7 @@ from torchtower.held import HeldGradients
 from torchtower.local_backward import LocalBackward, LocalGrad
 from torchtower.ports import Port, join
 from torchtower.rounds import current_tower
+from torchtower.streams import Streams
 from torchtower.workers import TowerPool
 
 _autograd: Any = torch._C._autograd
@@ -56,6 +57,7 @@ class Family:
         num_parameters: how many of the first bridge's inputs are the user's parameters; they come first.
         buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
+        streams: of the forward, on which its backwards work too.
         synchronize: whether a backward reduces gradients, or has them kept back.
     """
 
@@ -65,6 +67,7 @@ class Family:
     num_parameters: int
     buckets: list[list[int]]
     held: HeldGradients
+    streams: Streams
     synchronize: bool = True
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
@@ -109,6 +112,11 @@ class Bridge:
         self._out_ports = list(out_ports)
         self._outputs: list[list[Grad]] | None = local_outputs
         family.bridges.append(weakref.ref(self))
+
+    @property
+    def streams(self) -> Streams:
+        """What the forward worked on."""
+        return self._family.streams
 
     def connect(self, main_inputs: Sequence[Tensor]) -> list[Grad]:
         """Join the local outputs and give them their place in the user's graph."""
@@ -226,7 +234,8 @@ class _BridgeNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
-        return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, grads))
+        with ctx.bridge.streams.current():
+            return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, grads))
 
 
 def _like(part: Grad, output: Grad) -> Grad:

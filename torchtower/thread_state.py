@@ -8,7 +8,7 @@ that this takes stands in this file.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+from torchtower.streams import Streams
 
 Result = TypeVar("Result")
 _C: Any = torch._C
@@ -40,17 +42,18 @@ class ThreadState:
     """The caller's thread-local state, taken at construction; `run` does work under it in another thread.
 
     Args:
-        device_types: of whose autocast state to carry; the CPU's is always carried.
-        main_device: a default device that names it names the tower's own device in a tower.
+        devices: the towers', in tower order. Autocast state of their types and the CPU's is carried, and their current
+            streams; a default device that names the main tower's names the tower's own in a tower.
     """
 
-    def __init__(self, device_types: set[str], main_device: torch.device) -> None:
-        self._main_device = main_device
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._main_device = devices[0]
+        self._streams = Streams(devices)
         self._grad_enabled = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocasts = [
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted({"cpu", *device_types})
+            for kind in sorted({"cpu", *(device.type for device in devices)})
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self._function_modes = [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]
@@ -74,6 +77,7 @@ class ThreadState:
             if self._inference:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(self._grad_enabled))
+            stack.enter_context(self._streams.current())
             stack.enter_context(self._autocast_state())
             if self._saved_tensor_hooks is not None and not _of_checkpoint(self._saved_tensor_hooks):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._saved_tensor_hooks))

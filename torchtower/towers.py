@@ -19,6 +19,7 @@ from torchtower.replicate import Replica, Written, write_back
 from torchtower.rewrite import is_small_container
 from torchtower.scatter_gather import tensors_in
 from torchtower.shards import Shards
+from torchtower.streams import Streams
 from torchtower.workers import TowerPool
 
 Call = Callable[[Any, Any], Any]  # (replica's module, shard) -> output
@@ -154,6 +155,7 @@ class Towers:
                 len(parameters),
                 self._buckets,
                 self.held,
+                Streams(self.pool.devices),
                 self.synchronize,
             ),
             [*self._ports, *shards.ports],

@@ -71,7 +71,7 @@ class TowerPool:
                 Every tower has finished by then.
             KeyboardInterrupt: Ctrl-C while waiting. Every tower has finished by then.
         """
-        state = ThreadState({device.type for device in self.devices}, self.devices[0])
+        state = ThreadState(self.devices)
         seeds = Seeds(self.devices[0])
         with self._lock:
             threads = self._started()

@@ -100,6 +100,7 @@ def make_module() -> types.ModuleType:
         synchronize=synchronize,
         is_available=lambda: device_count() > 0,
         is_initialized=lambda: True,
+        _initialized=True,  # without it torch.utils.checkpoint saves no state of generators
         _is_in_bad_fork=lambda: False,
         get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
     )

@@ -41,13 +41,13 @@ def assert_same_values(got: Any, expected: Any, rtol: float = 1e-12) -> None:
     assert_close(None if got is None else got.cpu(), None if expected is None else expected.cpu(), rtol)
 
 
-def assert_same_gradients(wrapped: TowerParallel, plain: nn.Module) -> None:
+def assert_same_gradients(wrapped: TowerParallel, plain: nn.Module, rtol: float = 1e-12) -> None:
     main = wrapped.devices[0]
     ours, theirs = dict(wrapped.module.named_parameters()), dict(plain.named_parameters())
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
         assert parameter.grad is None or parameter.grad.device == main, name
-        assert_same_values(parameter.grad, theirs[name].grad)
+        assert_same_values(parameter.grad, theirs[name].grad, rtol)
 
 
 def assert_same_state(wrapped: TowerParallel, plain: nn.Module) -> None:

@@ -1,0 +1,351 @@
+"""What a tower on a device finds there (device, streams, random numbers, the caller's state), how its errors come out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.accelerator.towers import assert_same_gradients, assert_same_values, device, every_layout, mlp, rows, twins
+from torchtower import TowerParallel, current_tower
+
+
+def seen_by_towers(look: Callable[[], Any], devices: list[int] | None = None) -> list[Any]:
+    """What each of the towers sees in a forward, in tower order."""
+    found: dict[int, Any] = {}
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tower = current_tower()
+            assert tower is not None
+            found[tower] = look()
+            return x
+
+    wrapped = TowerParallel(Look(), device_ids=devices or [0, 1])
+    wrapped(rows(4))
+    return [found[tower] for tower in sorted(found)]
+
+
+# ---- devices
+
+
+@every_layout
+def test_a_towers_device_is_current_in_its_thread_forward_and_backward(devices: list[int]) -> None:
+    seen: list[tuple[int | None, int]] = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            note = lambda *_: seen.append((current_tower(), torch.empty(0, device="simulated").device.index))  # noqa: E731
+            note()
+            out = x * 2
+            out.register_hook(note)
+            return out
+
+    TowerParallel(Look(), device_ids=devices)(rows(4).requires_grad_()).sum().backward()
+    assert sorted(seen) == sorted(2 * list(enumerate(devices)))  # type: ignore[arg-type]
+
+
+def test_the_callers_current_device_stays() -> None:
+    torch.accelerator.set_device_index(1)
+    _, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4)).sum().backward()
+    assert torch.accelerator.current_device_index() == 1
+
+
+def test_replicas_and_shards_lie_on_their_towers_devices() -> None:
+    def loss(net: nn.Module, x: Tensor, extra: dict[str, Any]) -> Tensor:
+        places = {
+            x.device,
+            extra["mask"].device,
+            *[p.device for p in net.parameters()],
+            *[b.device for b in net.buffers()],
+        }
+        assert places == {device(current_tower() or 0)}
+        return net(x).sum()
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().to(device(0))
+    wrapped = TowerParallel(net, device_ids=[0, 1])
+    wrapped.tower_loss(loss, rows(4), extra={"mask": rows(4)})
+
+
+@pytest.mark.parametrize("place", ["cpu", "simulated:1"])
+def test_a_module_on_the_wrong_device_is_refused_with_the_way_out(place: str) -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2).to(place), device_ids=[0, 1])
+    with pytest.raises(ValueError, match=rf"simulated:0.*found one on {place}.*module.to\('simulated:0'\)"):
+        wrapped(torch.ones(4, 3))
+    wrapped.module.to("simulated:0")
+    assert wrapped(torch.ones(4, 3)).shape == (4, 2)
+
+
+def test_a_module_that_moves_away_after_wrapping_is_refused_too() -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2).to("simulated:0"), device_ids=[0, 1])
+    wrapped(torch.ones(4, 3))
+    wrapped.to("cpu")
+    with pytest.raises(ValueError, match="found one on cpu"):
+        wrapped(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("device_ids", [[2], [0, 2], ["simulated:5"], [-1], ["cuda:0"], [0, "cpu"]])
+def test_device_ids_that_do_not_exist_or_mix_types_are_refused(device_ids: list[int | str]) -> None:
+    with pytest.raises(ValueError, match="TowerParallel: expected"):
+        TowerParallel(nn.Linear(3, 2).to("simulated:0"), device_ids=device_ids)
+
+
+def test_cpu_towers_work_beside_an_accelerator() -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2), device_ids=["cpu", "cpu"])
+    out = wrapped(torch.ones(4, 3))
+    out.sum().backward()
+    assert out.device.type == "cpu"
+
+
+def test_one_device_alone_takes_its_inputs_from_anywhere() -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2).to("simulated:1"), device_ids=[1])
+    assert wrapped(torch.ones(4, 3)).device == device(1)
+
+
+# ---- streams
+
+
+def test_towers_work_on_the_callers_streams_so_that_order_holds() -> None:
+    mine = [torch.Stream(device(index)) for index in (0, 1)]
+    with mine[1], mine[0]:
+        seen = seen_by_towers(lambda: [torch.accelerator.current_stream(index) for index in (0, 1)])
+    assert seen == [mine, mine]
+    default = [torch.accelerator.current_stream(index) for index in (0, 1)]
+    assert mine[0] not in default
+    assert seen_by_towers(lambda: [torch.accelerator.current_stream(index) for index in (0, 1)]) == [default, default]
+
+
+def test_towers_go_backward_on_the_streams_of_their_forward() -> None:
+    seen: list[list[torch.Stream]] = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = x * 2
+            out.register_hook(lambda grad: seen.append([torch.accelerator.current_stream(index) for index in (0, 1)]))
+            return out
+
+    mine = [torch.Stream(device(index)) for index in (0, 1)]
+    with mine[1], mine[0]:
+        out = TowerParallel(Look(), device_ids=[0, 1])(rows(4).requires_grad_())
+    out.sum().backward()
+    assert seen == [mine, mine]
+
+
+# ---- the caller's state
+
+
+def test_autocast_of_the_device_type_reaches_every_tower_forward() -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2).to("simulated:0"), device_ids=[0, 1])
+    with torch.autocast("simulated", dtype=torch.bfloat16):
+        assert wrapped(torch.ones(4, 3)).dtype == torch.bfloat16
+        seen = seen_by_towers(lambda: (torch.is_autocast_enabled("simulated"), torch.get_autocast_dtype("simulated")))
+    assert seen == [(True, torch.bfloat16)] * 2
+    assert wrapped(torch.ones(4, 3)).dtype == torch.float32
+
+
+def test_autocast_gradients_equal_the_plain_modules() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).to("simulated:0")
+    twin = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).to("simulated:0")
+    twin.load_state_dict(net.state_dict())
+    wrapped = TowerParallel(twin, device_ids=[0, 1])
+    x = torch.randn(8, 4, device="simulated:0")
+    for model in (net, wrapped):
+        with torch.autocast("simulated", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+        loss.backward()
+    assert_same_gradients(wrapped, net, rtol=2**-6)  # each tower rounds to bfloat16
+
+
+def test_a_default_device_that_names_the_main_device_names_the_towers_own() -> None:
+    def look() -> tuple[str, str]:
+        return str(torch.empty(0).device), str(torch.arange(2).device)
+
+    for name in ("simulated:0", "simulated"):
+        with torch.device(name):
+            assert seen_by_towers(look) == [("simulated:0",) * 2, ("simulated:1",) * 2]
+    with torch.device("cpu"):
+        assert seen_by_towers(look) == [("cpu",) * 2] * 2
+
+
+def test_a_module_that_makes_tensors_on_its_inputs_device_trains_alike() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + torch.arange(2.0, device=x.device) + torch.ones_like(x)[:, :2]
+
+    plain, wrapped = twins(Net(), [0, 1])
+    wrapped(rows(5)).square().sum().backward()
+    plain(rows(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- random numbers
+
+dropouts = pytest.mark.parametrize(
+    "drop",
+    [
+        F.dropout,
+        lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+        lambda x: x * (torch.rand_like(x) > 0.5),
+        lambda x: x * (torch.rand(x.shape, device=x.device) > 0.5),
+        lambda x: x * (torch.rand(x.shape) > 0.5).to(x.device),
+        lambda x: F.alpha_dropout(x, training=True),
+    ],
+    ids=["dropout", "bernoulli", "rand_like", "rand", "rand on the cpu", "alpha"],
+)
+
+
+class Drop(nn.Module):
+    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x)
+
+
+@dropouts
+@pytest.mark.parametrize("devices", [[0, 1], [1, 0], [0, 1, 0, 1], [0, 0]])
+def test_towers_draw_different_masks_that_a_seed_reproduces(
+    devices: list[int], drop: Callable[[Tensor], Tensor]
+) -> None:
+    wrapped = TowerParallel(Drop(drop), device_ids=devices)
+    x = torch.ones(len(devices), 64)
+    torch.manual_seed(7)
+    first, second = wrapped(x), wrapped(x)
+    torch.manual_seed(7)
+    assert torch.equal(wrapped(x), first)
+    assert torch.equal(wrapped(x), second)
+    masks = {tuple(row) for row in [*first.tolist(), *second.tolist()]}
+    assert len(masks) == 2 * len(devices)
+
+
+@dropouts
+def test_the_main_tower_draws_as_the_plain_module_would(drop: Callable[[Tensor], Tensor]) -> None:
+    wrapped = TowerParallel(Drop(drop), device_ids=[0, 1])
+    torch.manual_seed(7)
+    whole = wrapped(torch.ones(2, 64))
+    torch.manual_seed(7)
+    assert torch.equal(whole[:1], drop(torch.ones(1, 64, device=device(0))))
+
+
+def test_masks_depend_on_the_tower_and_not_on_how_towers_lie() -> None:
+    outs = []
+    for devices in ([0, 1, 0], [0, 0, 0], [0, 1, 1]):
+        torch.manual_seed(7)
+        outs.append(TowerParallel(Drop(F.dropout), device_ids=devices)(torch.ones(3, 64)).cpu())
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_a_forward_that_draws_nothing_consumes_nothing() -> None:
+    _, wrapped = twins(mlp(), [0, 1])
+    generators = torch.simulated.default_generators
+    before = [generator.get_state() for generator in generators]
+    wrapped(rows(4)).sum().backward()
+    assert all(torch.equal(a, b.get_state()) for a, b in zip(before, generators, strict=True))
+
+
+def test_other_towers_leave_their_devices_default_generator_alone() -> None:
+    wrapped = TowerParallel(Drop(F.dropout), device_ids=[0, 1])
+    before = torch.simulated.get_rng_state(1)
+    wrapped(torch.ones(2, 8))
+    assert torch.equal(before, torch.simulated.get_rng_state(1))
+
+
+@every_layout
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_recomputes_with_each_towers_own_mask(devices: list[int], use_reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(64, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = checkpoint(lambda x: F.dropout(x * self.scale), x, use_reentrant=use_reentrant)
+            assert isinstance(out, Tensor)
+            return out
+
+    wrapped = TowerParallel(Net().to(device(devices[0])), device_ids=devices)
+    out = wrapped(torch.ones(len(devices), 64, dtype=torch.float64).requires_grad_())
+    out.sum().backward()
+    assert_same_values(wrapped.module.scale.grad, out.sum(0))  # the same masks, or these differ
+
+
+# ---- errors
+
+
+class Fails(nn.Module):
+    def __init__(self, tower: int, where: str) -> None:
+        super().__init__()
+        self.inner, self.tower, self.where = nn.Linear(3, 2), tower, where
+        self.armed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        self._maybe_fail("forward")
+        out.register_hook(lambda grad: self._maybe_fail("backward"))
+        return out
+
+    def _maybe_fail(self, where: str) -> None:
+        if self.armed and where == self.where and current_tower() == self.tower:
+            raise ArithmeticError("odd weather")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(("devices", "tower"), [([0, 1], 1), ([1, 0], 1), ([0, 1, 0, 1], 3), ([0, 1], 0)])
+def test_an_error_names_its_tower_and_device_and_the_next_call_works(
+    devices: list[int], tower: int, where: str
+) -> None:
+    _, wrapped = twins(Fails(tower, where), devices)
+    words = f"odd weather.*in tower {tower} on device simulated:{devices[tower]}"
+    with pytest.raises(ArithmeticError, match=words):
+        wrapped(rows(8)).sum().backward()
+    wrapped.zero_grad()
+    plain, again = twins(Fails(tower, where), devices)
+    for model in (plain, again, wrapped):
+        (model.module if isinstance(model, TowerParallel) else model).armed = False
+    wrapped.module.load_state_dict(plain.state_dict())
+    wrapped(rows(8)).square().sum().backward()
+    plain(rows(8)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_every_tower_has_finished_when_an_error_comes_out() -> None:
+    slow_may_end, finished = threading.Event(), []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if current_tower() == 0:
+                threading.Timer(0.2, slow_may_end.set).start()
+                raise ArithmeticError("odd weather")
+            slow_may_end.wait()
+            finished.append(current_tower())
+            return x
+
+    with pytest.raises(ArithmeticError):
+        TowerParallel(Net(), device_ids=[0, 1])(rows(4))
+    assert finished == [1]
+
+
+def test_mixing_devices_in_a_forward_is_the_towers_error() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + torch.ones(2, device=device(0), dtype=torch.float64)
+
+    net = Net().double().to(device(0))
+    with pytest.raises(RuntimeError, match=r"two devices.*in tower 1 on device simulated:1"):
+        TowerParallel(net, device_ids=[0, 1])(rows(4))

@@ -1,0 +1,50 @@
+"""Which stream of each device work goes to: the caller's, in every thread that works for it.
+
+Note [Order]
+Towers enqueue to the very streams that were current in the caller's thread at the forward, forward and backward, and
+whoever joins their results or fetches their gradients does so too. So what one thread has enqueued comes before what
+another enqueues later, memory that one frees is used anew only after all reads of it, and no events are needed; copies
+between devices order both devices' current streams themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+class Streams:
+    """The streams that are current in the thread that makes this, one for each device.
+
+    Args:
+        devices: of the towers; a CPU has no streams.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._streams = _current({device.index for device in devices if device.type != "cpu"})
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make them current in this thread; its current device stays."""
+        if not self._streams:
+            yield
+            return
+        index = torch.accelerator.current_device_index()
+        before = _current({stream.device_index for stream in self._streams})
+        _make_current(self._streams, index)
+        try:
+            yield
+        finally:
+            _make_current(before, index)
+
+
+def _current(indices: set[int]) -> list[torch.Stream]:
+    return [torch.accelerator.current_stream(index) for index in sorted(indices)]
+
+
+def _make_current(streams: list[torch.Stream], device_index: int) -> None:
+    for stream in streams:
+        torch.accelerator.set_stream(stream)  # which changes the current device
+    torch.accelerator.set_device_index(device_index)
