@@ -151,14 +151,25 @@ def outcomes_on_ptxcheck():
     return run_all(run_on_ptxcheck, PTX_MUTATIONS)
 
 
-# Unmutated, the same checks pass: see test_cuda_host_body.py and test_cuda_ptx.py.
+def test_unmutated_the_host_program_passes():
+    require_gxx()
+    program = build_host_program(CSRC, scratch_folder() / "unmutated")
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", [mutation.name for mutation in HOST_MUTATIONS])
 def test_the_host_program_catches(name):
     require_gxx()
-    assert outcomes_on_host()[name].returncode != 0
+    done = outcomes_on_host()[name]
+    assert done.returncode != 0
+    assert "host_program: " in done.stderr or "misaligned address" in done.stderr
 
 
+# Unmutated, test_cuda_ptx.py runs the same case.
 @pytest.mark.parametrize("name", [mutation.name for mutation in PTX_MUTATIONS])
 def test_ptxcheck_catches(name):
     require_ptxcheck()
-    assert outcomes_on_ptxcheck()[name].returncode != 0
+    done = outcomes_on_ptxcheck()[name]
+    assert done.returncode != 0
+    assert "AssertionError" in done.stderr or "[ptxcheck] race" in done.stderr
