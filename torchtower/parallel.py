@@ -16,7 +16,7 @@ from torchtower.averaging import normalized_weights
 from torchtower.devices import DeviceId, move, parse_device_ids
 from torchtower.ports import Port
 from torchtower.rounds import current_tower
-from torchtower.scatter_gather import gather_structure, map_tensors
+from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
 from torchtower.shards import Shards
 from torchtower.thread_state import untraced
 from torchtower.towers import ForwardResult, Towers
@@ -74,6 +74,8 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         nn.Module.__init__(self)
         if not isinstance(module, nn.Module):
             raise TypeError(f"TowerParallel: expected an nn.Module, but got {type(module).__name__}")
+        if max_concurrency is not None and max_concurrency < 1:
+            raise ValueError(f"TowerParallel: expected max_concurrency of at least 1, but got {max_concurrency}")
         if buffers not in _BUFFER_POLICIES:
             raise ValueError(f"TowerParallel: expected buffers to be one of {_BUFFER_POLICIES}, but got {buffers!r}")
         self.devices = parse_device_ids(device_ids)
@@ -135,6 +137,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         columns: list[list[Tensor]] = []
 
         def collect(parts: list[Tensor], path: str) -> Tensor:
+            check_rows_fit(parts, self.dim, path)
             columns.append(parts)
             return parts[0]
 

@@ -161,6 +161,29 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
     return _rebuild(first, joined)
 
 
+def check_rows_fit(parts: Sequence[Tensor], dim: int, path: str) -> None:
+    """See that the towers' tensors can be joined along ``dim``: alike in every other dimension, or all 0-d.
+
+    Raises:
+        ValueError: they cannot; the message names field and tower.
+    """
+    first = parts[0]
+    if first.dim() and _size(first, dim) < 0:
+        raise ValueError(
+            f"TowerParallel: expected {path} to have dimension {dim}, along which towers' outputs are joined, "
+            f"but its shape is {tuple(first.shape)}"
+        )
+    for tower, part in enumerate(parts):
+        if part.dim() != first.dim() or (part.dim() and _without(part, dim) != _without(first, dim)):
+            raise ValueError(_differ(path, f"of shape {tuple(first.shape)}", tower, f"of shape {tuple(part.shape)}"))
+
+
+def _without(tensor: Tensor, dim: int) -> list[int]:
+    sizes = list(tensor.shape)
+    del sizes[dim]
+    return sizes
+
+
 def _names(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value)

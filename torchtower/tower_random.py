@@ -100,7 +100,7 @@ class TowerGenerators:
 @contextmanager
 def drawing_from(generators: TowerGenerators) -> Iterator[None]:
     """Let this thread's random operators draw from ``generators``."""
-    key = _install()
+    key = intercept_draws()
     _local.generators, _local.borrowed = generators, None
     torch._C._dispatch_tls_set_dispatch_key_included(key, True)
     try:
@@ -151,14 +151,14 @@ class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
         return generators.on(torch.device(self._device_type, range(len(self.real))[index]))
 
 
-def _install() -> Any:
+def intercept_draws() -> Any:
     """Intercept ATen's random operators under the spare key, once in a process."""
     with _install_lock:
-        return _install_once()
+        return _intercept_draws_once()
 
 
 @functools.cache
-def _install_once() -> Any:
+def _intercept_draws_once() -> Any:
     key = torch._C._parse_dispatch_key(_KEY_NAME)
     fallback = torch.library.Library("_", "IMPL")
     fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)

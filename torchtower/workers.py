@@ -17,7 +17,7 @@ import torch
 
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState
-from torchtower.tower_random import Seeds, TowerGenerators, drawing_from
+from torchtower.tower_random import Seeds, TowerGenerators, drawing_from, intercept_draws
 
 Job = Callable[[], Any]
 _STOP_TIMEOUT_S = 5.0
@@ -34,8 +34,7 @@ class TowerPool:
     """
 
     def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None = None) -> None:
-        if max_concurrency is not None and max_concurrency < 1:
-            raise ValueError(f"TowerParallel: expected max_concurrency of at least 1, but got {max_concurrency}")
+        intercept_draws()  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
         self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
         self._threads: list[_TowerThread] = []

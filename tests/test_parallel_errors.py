@@ -1,0 +1,603 @@
+"""Contract 6: an error reaches the caller as it is, the next call works, nothing hangs, no thread is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import assert_same_gradients, batch, mlp, run_python, twins, wrap
+from torchtower import TowerParallel, current_tower
+
+
+def tower_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("torchtower tower")}
+
+
+class Failing(nn.Module):
+    """Fails where and when it is told to."""
+
+    def __init__(self, where: str, error: Any, towers: tuple[int, ...] = (1,)) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.plan = {"where": where, "error": error, "towers": towers, "armed": True}
+        self.fc.register_forward_pre_hook(lambda *_: self.fail("forward hook"))
+        self.fc.register_full_backward_hook(lambda *_: self.fail("backward hook"))
+
+    def fail(self, where: str) -> None:
+        if self.plan["armed"] and where == self.plan["where"] and current_tower() in self.plan["towers"]:
+            error = self.plan["error"]
+            raise error if isinstance(error, BaseException) else error()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fail("forward")
+        return _FailInBackward.apply(self.fc(x), self)
+
+
+class _FailInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, net: Failing) -> Tensor:
+        ctx.net = net
+        net.fail("function forward")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.net.fail("backward")
+        return grad, None
+
+
+class OwnError(Exception):
+    """Of the user's making, with a constructor of its own."""
+
+    def __init__(self, code: int, *, detail: str) -> None:
+        super().__init__(code, detail)
+        self.code, self.detail = code, detail
+
+
+PLACES = ["forward", "function forward", "forward hook", "backward", "backward hook"]
+ERRORS: list[Callable[[], BaseException]] = [
+    lambda: ValueError("told to fail"),
+    lambda: KeyError("wonderful"),
+    lambda: torch.OutOfMemoryError("told to fail"),
+    lambda: OwnError(7, detail="told to fail"),
+    lambda: StopIteration("told to fail"),
+    lambda: AssertionError("told to fail"),
+]
+
+
+def run(wrapped: nn.Module) -> None:
+    wrapped(batch(6, requires_grad=True)).square().sum().backward()
+
+
+def words_of(error: BaseException) -> str:
+    return " ".join([str(error), *getattr(error, "__notes__", [])])
+
+
+@pytest.mark.parametrize("make", ERRORS)
+@pytest.mark.parametrize("where", PLACES)
+def test_an_error_reaches_the_caller_with_its_type_words_and_tower(where: str, make: Any) -> None:
+    error = make()
+    wrapped = wrap(Failing(where, error).double(), 2)
+    with pytest.raises(type(error)) as caught:
+        run(wrapped)
+    assert "in tower 1 on device cpu" in words_of(caught.value)
+    if isinstance(error, OwnError):
+        assert caught.value.code == 7 and caught.value.detail == "told to fail"
+    names = [entry.name for entry in caught.traceback]
+    assert "fail" in names, names
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_the_next_call_after_an_error_works_and_leaves_no_gradient_behind(where: str) -> None:
+    net = Failing(where, ValueError("told to fail")).double()
+    wrapped = wrap(net, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="told to fail"):
+            run(wrapped)
+        assert net.fc.weight.grad is None
+    net.plan["armed"] = False
+    run(wrapped)
+    plain = Failing(where, ValueError(), towers=()).double()
+    plain.load_state_dict(net.state_dict())
+    run(plain)
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_the_first_failing_tower_is_named(where: str) -> None:
+    wrapped = wrap(Failing(where, lambda: ValueError("told to fail"), towers=(1, 2)).double(), 4)
+    with pytest.raises(ValueError, match="in tower 1 on device cpu") as caught:
+        run(wrapped)
+    assert "in tower 2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_all_other_towers_have_finished_when_the_error_arrives(where: str) -> None:
+    finished: list[int | None] = []
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            _fail_or_finish("forward")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            _fail_or_finish("backward")
+            return grad
+
+    def _fail_or_finish(phase: str) -> None:
+        if phase == where:
+            if current_tower() == 0:
+                raise ValueError("told to fail")
+            time.sleep(0.05)
+            finished.append(current_tower())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Slow.apply(self.fc(x))
+
+    with pytest.raises(ValueError, match="tower 0"):
+        run(wrap(Net(), 3, max_concurrency=3))
+    assert sorted(finished) == [1, 2]
+
+
+def test_an_error_in_tower_loss_is_told_the_same_way() -> None:
+    def loss_fn(net: nn.Module, x: Tensor) -> Tensor:
+        raise RuntimeError("told to fail")
+
+    with pytest.raises(RuntimeError, match=r"told to fail \(in tower 0 on device cpu\)"):
+        wrap(mlp(), 2).tower_loss(loss_fn, batch(4))
+
+
+def test_an_error_of_a_running_backward_leaves_the_graph_usable_by_a_new_forward() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    loss = wrapped(batch(4)).square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError):
+        loss.backward()
+    wrapped.zero_grad()
+    for net in (plain, wrapped):
+        net(batch(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_errors_do_not_keep_the_users_tensors_alive() -> None:
+    net = Failing("forward", ValueError("told to fail")).double()
+    wrapped = wrap(net, 2)
+    x = batch(6)
+    alive = weakref.ref(x)
+    try:
+        wrapped(x)
+    except ValueError as error:
+        error.__traceback__ = None
+    net.plan = {}
+    del x
+    gc.collect()
+    assert alive() is None
+
+
+def test_one_tower_raises_the_modules_own_error() -> None:
+    error = ValueError("told to fail")
+    with pytest.raises(ValueError, match="told to fail") as caught:
+        wrap(Failing("forward", error, towers=(None,)).double(), 1)(batch(3))
+    assert caught.value is error
+
+
+# ---- outputs that differ
+
+
+class Differing(nn.Module):
+    def __init__(self, first: Any, other: Any) -> None:
+        super().__init__()
+        self.first, self.other = first, other
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.other if current_tower() == 1 else self.first)(x)
+
+
+DIFFERENCES = {
+    "tensor or not": (lambda x: x, lambda x: "text", r"the output .*tensor.*tower 1.*str"),
+    "not or tensor": (lambda x: None, lambda x: x, r"the output .*tower 1"),
+    "number": (lambda x: (x, x), lambda x: (x,), r"the output .*tower 1"),
+    "type": (lambda x: (x, x), lambda x: [x, x], r"the output .*tuple.*tower 1.*list"),
+    "keys": (lambda x: {"a": x}, lambda x: {"b": x}, r"the output .*'a'.*tower 1.*'b'"),
+    "more keys": (lambda x: {"a": x}, lambda x: {"b": x, "a": x}, r"the output .*tower 1"),
+    "deep inside": (lambda x: {"a": [x, (x,)]}, lambda x: {"a": [x, (x, x)]}, r"the output\['a'\]\[1\] .*tower 1"),
+    "values": (lambda x: (x, 1), lambda x: (x, 2), r"the output\[1\] .*1 .*tower 1.*2"),
+    "columns": (lambda x: x, lambda x: x[:, :2], r"the output .*tower 1.*\(2, 2\)"),
+    "dimensions": (lambda x: [x], lambda x: [x[:, 0]], r"the output\[0\] .*tower 1.*\(2,\)"),
+    "0-d or not": (lambda x: x.sum(), lambda x: x, r"the output .*tower 1.*\(2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_outputs_that_differ_between_towers_are_named(kind: str) -> None:
+    first, other, words = DIFFERENCES[kind]
+    with pytest.raises(ValueError, match=words):
+        wrap(Differing(first, other), 3)(batch(6))
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (lambda x: x, r"tower_loss: expected .*one element.*tower 0's returned shape \(2, 3\)"),
+        (lambda x: None, r"tower_loss: .*tower 0's returned NoneType"),
+        (lambda x: 1.5, r"tower_loss: .*tower 0's returned float"),
+        (lambda x: (x.sum(), -1.0), "not negative"),
+        (lambda x: (x.sum(), float("nan")), "nan"),
+        (lambda x: (x.sum(), float("inf")), "inf"),
+        (lambda x: (x.sum(), 0.0), "above 0"),
+    ],
+)
+def test_bad_results_of_a_loss_function_are_named(output: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        wrap(mlp(), 3).tower_loss(lambda net, x: output(x), batch(6))
+
+
+def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
+    with pytest.raises(ValueError, match=r"the output\[1\] to have dimension 1.*shape is \(3,\)"):
+        wrap(Differing(*[lambda x: (x, x[:, 0])] * 2), 2, dim=1)(batch(3, 2))
+
+
+# ---- construction
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"device_ids": []}, ValueError, r"TowerParallel: expected device_ids to name at least one device"),
+        ({"device_ids": ["cpu", "meta"]}, ValueError, "device_ids"),
+        ({"device_ids": ["nonsense"]}, ValueError, "device_ids.*'nonsense'"),
+        ({"device_ids": [0]}, ValueError, "no accelerator"),
+        ({"device_ids": ["cuda:0"]}, ValueError, "does not exist here"),
+        ({"device_ids": [1.5]}, TypeError, "1.5 of type float"),
+        ({"device_ids": [True]}, TypeError, "of type bool"),
+        ({"output_device": "nonsense"}, ValueError, "nonsense"),
+        ({"buffers": "sum"}, ValueError, "buffers"),
+        ({"max_concurrency": 0}, ValueError, "max_concurrency"),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="names devices that this machine has")
+def test_bad_arguments_are_named_at_construction(arguments: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        TowerParallel(mlp(), **{"device_ids": ["cpu", "cpu"], **arguments})
+
+
+def test_something_that_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"TowerParallel: expected an nn\.Module, but got function"):
+        TowerParallel(lambda x: x, ["cpu"])
+
+
+def test_parameters_on_another_device_are_named_at_the_call() -> None:
+    with pytest.raises(ValueError, match=r"on cpu, the main tower's device .* found one on meta"):
+        wrap(nn.Linear(3, 2, device="meta"), 2)(torch.ones(4, 3))
+
+
+def test_a_missing_argument_is_the_modules_own_type_error() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        wrap(mlp(), 2)(batch(4), batch(4))
+    with pytest.raises(TypeError, match=r"positional|argument"):
+        wrap(mlp(), 2)()
+
+
+# ---- threads come and go
+
+
+def test_no_thread_runs_before_the_first_call_and_none_after_close() -> None:
+    before = tower_threads()
+    wrapped = wrap(mlp(), 3)
+    assert not tower_threads() - before
+    wrapped(batch(6))
+    assert len(tower_threads() - before) == 3
+    wrapped.close()
+    assert not tower_threads() - before
+    wrapped.close()
+
+
+def test_a_closed_wrapper_starts_anew() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    wrapped(batch(4))
+    wrapped.close()
+    for net in (plain, wrapped):
+        net(batch(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_backward_after_close_still_gives_the_gradients() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    loss = wrapped(batch(5)).square().sum()
+    wrapped.close()
+    loss.backward()
+    plain(batch(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+    wrapped.close()
+
+
+def test_a_backward_after_the_wrapper_is_gone_still_gives_the_gradients() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    net = wrapped.module
+    loss = wrapped(batch(5)).square().sum()
+    del wrapped
+    gc.collect()
+    loss.backward()
+    plain(batch(5)).square().sum().backward()
+    assert_same_gradients(net, plain)
+
+
+def test_garbage_collection_ends_the_threads_without_cycles() -> None:
+    before = tower_threads()
+    gc.collect()
+    gc.disable()
+    try:
+        wrapped = wrap(mlp(), 3)
+        wrapped(batch(6)).sum().backward()
+        del wrapped
+        assert not tower_threads() - before
+    finally:
+        gc.enable()
+
+
+def test_a_step_makes_no_reference_cycles() -> None:
+    wrapped = wrap(mlp(), 2)
+    wrapped(batch(4)).sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        out = wrapped(batch(4, requires_grad=True))
+        alive = weakref.ref(out)
+        del out
+        assert alive() is None
+        wrapped(batch(4)).square().sum().backward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_inputs_outputs_and_graphs_die_with_the_users_last_reference() -> None:
+    saved: list[weakref.ref[Tensor]] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.fc(x)
+            saved.append(weakref.ref(hidden))
+            return hidden.tanh()
+
+    wrapped = wrap(Net(), 2)
+    x = batch(4)
+    out = wrapped(x)
+    references = [weakref.ref(x), weakref.ref(out)]
+    del x, out
+    assert all(reference() is None for reference in references + saved)
+    loss = wrapped(batch(4)).sum()
+    loss.backward()
+    assert all(reference() is None for reference in saved)
+
+
+# ---- processes: interrupts, exits, forks
+
+
+HEAD = """
+import os, signal, sys, threading, time, torch
+from torch import nn
+from torchtower import TowerParallel, current_tower
+
+class Slow(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.fc, self.seconds = nn.Linear(3, 2), seconds
+    def forward(self, x):
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        return self.fc(x)
+
+def towers(net, n=2, **options):
+    return TowerParallel(net, ["cpu"] * n, **options)
+"""
+
+
+def passes(program: str, timeout_s: float = 60) -> None:
+    done = run_python(HEAD + program, timeout_s)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "Fatal" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_keyboard_interrupt_reaches_the_caller_and_the_next_call_works() -> None:
+    passes("""
+model = towers(Slow(1.0), 3, max_concurrency=2)
+threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    model(torch.ones(6, 3))
+except KeyboardInterrupt:
+    pass
+else:
+    sys.exit("no interrupt")
+assert time.monotonic() - start < 1.8, "the tower whose turn had not come has run"
+model.module.seconds = 0.0
+model(torch.ones(6, 3)).sum().backward()
+assert model.module.fc.weight.grad is not None
+""")
+
+
+def test_a_keyboard_interrupt_in_the_middle_of_a_backward_reaches_the_caller() -> None:
+    passes("""
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.6)
+        return grad
+class Net(Slow):
+    def forward(self, x):
+        return SlowBackward.apply(self.fc(x))
+model = towers(Net(0))
+out = model(torch.ones(4, 3)).sum()
+threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    out.backward()
+except KeyboardInterrupt:
+    pass
+else:
+    sys.exit("no interrupt")
+model.zero_grad()
+model(torch.ones(4, 3)).sum().backward()
+assert model.module.fc.weight.grad is not None
+""")
+
+
+def test_a_keyboard_interrupt_raised_in_a_tower_reaches_the_caller() -> None:
+    wrapped = wrap(Failing("forward", KeyboardInterrupt(), towers=(1,)).double(), 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(wrapped)
+    wrapped.module.plan["armed"] = False
+    run(wrapped)
+
+
+def test_a_system_exit_raised_in_a_tower_ends_the_program_with_its_code() -> None:
+    done = run_python(
+        HEAD
+        + """
+class Leave(nn.Module):
+    def forward(self, x):
+        sys.exit(3)
+towers(Leave())(torch.ones(4, 3))
+"""
+    )
+    assert done.returncode == 3, done.stderr
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "",
+        "import atexit; atexit.register(lambda: model(torch.ones(4, 3)).sum().backward())",
+        "model.cycle = model",
+        "out = model(torch.ones(4, 3))",
+        "keep = threading.Thread(target=lambda: model(torch.ones(4, 3))); keep.start()",
+    ],
+)
+def test_an_interpreter_exits_cleanly_whatever_is_left(ending: str) -> None:
+    passes("model = towers(nn.Linear(3, 2), 3)\nmodel(torch.ones(6, 3)).sum().backward()\n" + ending, 30)
+
+
+def test_an_interpreter_exits_after_an_error_in_a_tower() -> None:
+    done = run_python(
+        HEAD
+        + """
+class Bad(nn.Module):
+    def forward(self, x):
+        raise ValueError("told to fail")
+towers(Bad())(torch.ones(4, 3))
+""",
+        30,
+    )
+    assert done.returncode == 1 and "in tower 0 on device cpu" in done.stderr
+    assert "in forward" in done.stderr, "the traceback leads to the user's own line"
+
+
+def test_an_interpreter_ends_while_a_daemon_thread_is_in_a_forward() -> None:
+    # How it ends is torch's affair: a daemon thread in the plain module aborts it too.
+    done = run_python(
+        HEAD
+        + """
+model = towers(Slow(0.5))
+threading.Thread(target=lambda: model(torch.ones(4, 3)), daemon=True).start()
+time.sleep(0.1)
+""",
+        30,
+    )
+    assert "Error" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_towers_of_its_own() -> None:
+    passes("""
+torch.set_num_threads(1)
+model = towers(nn.Linear(3, 2))
+model(torch.ones(4, 3)).sum().backward()
+child = os.fork()
+if child == 0:
+    try:
+        model.zero_grad()
+        model(torch.ones(4, 3)).sum().backward()
+        ok = model.module.weight.grad is not None
+    finally:
+        os._exit(0 if ok else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+model(torch.ones(4, 3)).sum().backward()
+""", 30)  # fmt: skip
+
+
+def test_data_loader_workers_live_beside_the_towers() -> None:
+    passes("""
+from torch.utils.data import DataLoader, TensorDataset
+model = towers(nn.Linear(3, 2))
+model(torch.ones(4, 3)).sum().backward()
+data = TensorDataset(torch.ones(16, 3))
+for _ in range(2):
+    for (x,) in DataLoader(data, batch_size=4, num_workers=2):
+        model(x).sum().backward()
+loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
+for (x,) in loader:
+    model(x).sum().backward()
+""", 60)  # fmt: skip
+
+
+def test_towers_of_a_forked_worker_do_not_disturb_the_parent() -> None:
+    passes("""
+import torch.multiprocessing as mp
+torch.set_num_threads(1)
+model = towers(nn.Linear(3, 2))
+def work(queue):
+    queue.put(float(model(torch.ones(4, 3)).sum()))
+if __name__ == "__main__":
+    expected = float(model(torch.ones(4, 3)).sum())
+    context = mp.get_context("fork")
+    queue = context.SimpleQueue()
+    workers = [context.Process(target=work, args=(queue,)) for _ in range(2)]
+    [w.start() for w in workers]
+    assert [queue.get(), queue.get()] == [expected] * 2
+    [w.join() for w in workers]
+    assert [w.exitcode for w in workers] == [0, 0]
+    assert float(model(torch.ones(4, 3)).sum()) == expected
+""", 60)  # fmt: skip
+
+
+def test_interrupting_again_and_again_never_hangs() -> None:
+    passes("""
+model = towers(Slow(0.3), 3, max_concurrency=3)
+def interrupt():
+    for _ in range(3):
+        time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    model(torch.ones(6, 3))
+    sys.exit("no interrupt")
+except KeyboardInterrupt:
+    pass
+model.module.seconds = 0
+model(torch.ones(6, 3))
+""", 30)  # fmt: skip
