@@ -1,4 +1,4 @@
-"""What a tower on a device finds there (device, streams, random numbers, the caller's state), how its errors come out."""
+"""What a tower finds on its device: streams, random numbers, the caller's state; and how its errors come out."""
 
 from __future__ import annotations
 

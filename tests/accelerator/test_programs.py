@@ -1,0 +1,203 @@
+"""What programs do with a wrapper beside training it, on devices."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.accelerator.towers import (
+    assert_same_gradients,
+    assert_same_state,
+    assert_same_values,
+    device,
+    every_layout,
+    mlp,
+    rows,
+    twins,
+)
+from tests.helpers import run_python
+from torchtower import TowerParallel, average_gradients, convert_sync_batchnorm, stack_gradients
+
+
+def test_average_gradients_takes_towers_on_their_devices() -> None:
+    grads = [torch.ones(3, device=device(0)), torch.full((3,), 4.0, device=device(1))]
+    mean, nothing = average_gradients([[grads[0], None], [grads[1], None]], weights=[2, 1])
+    assert mean.device == device(0)
+    assert mean.tolist() == [2, 2, 2]
+    assert nothing is None
+    assert [grad.tolist() for grad in grads] == [[1, 1, 1], [4, 4, 4]]
+    (stack,) = stack_gradients([[grads[0]], [grads[1]]])
+    assert stack.device == device(0)
+    assert stack.tolist() == [[1, 1, 1], [4, 4, 4]]
+
+
+@every_layout
+def test_batch_norm_over_all_towers_is_that_of_the_whole_batch(devices: list[int]) -> None:
+    plain, wrapped = twins(nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2)), devices)
+    wrapped = TowerParallel(convert_sync_batchnorm(wrapped.module), device_ids=devices)
+    wrapped(rows(9)).square().sum().backward()
+    plain(rows(9)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_state(wrapped, plain)
+
+
+@every_layout
+def test_a_layer_used_in_two_reentrant_checkpoints_gets_both_gradients(devices: list[int]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = checkpoint(self.inner, x, use_reentrant=True)  # type: ignore[assignment]
+            return self.inner(x)
+
+    plain, wrapped = twins(Net(), devices)
+    wrapped(rows(7).requires_grad_()).square().sum().backward()
+    plain(rows(7).requires_grad_()).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_many_towers_share_two_devices() -> None:
+    plain, wrapped = twins(mlp(), [0, 1] * 8)
+    wrapped(rows(40)).square().sum().backward()
+    plain(rows(40)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("max_concurrency", [1, 2, 4])
+def test_max_concurrency_changes_no_bit(max_concurrency: int) -> None:
+    grads = []
+    for concurrency in (max_concurrency, 4):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).to(device(0))
+        wrapped = TowerParallel(net, device_ids=[0, 1, 0, 1], max_concurrency=concurrency)
+        wrapped(rows(9).float()).square().sum().backward()
+        grads.append([parameter.grad.cpu() for parameter in wrapped.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_wrapper_trains_on(copied: str) -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4))
+    if copied == "deepcopy":
+        again = copy.deepcopy(wrapped)
+    elif copied == "pickle":
+        again = pickle.loads(pickle.dumps(wrapped))
+    else:
+        file = io.BytesIO()
+        torch.save(wrapped, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert again.devices == wrapped.devices
+    again(rows(6)).square().sum().backward()
+    plain(rows(6)).square().sum().backward()
+    assert_same_gradients(again, plain)
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+def test_a_state_dict_from_a_cpu_loads_and_is_used() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4))
+    other = mlp().double()
+    wrapped.load_state_dict({f"module.{name}": value for name, value in other.state_dict().items()})
+    assert_same_values(wrapped(rows(8)), other(rows(8)))
+    assert plain is not other
+
+
+def test_parameters_replaced_and_modules_added_after_wrapping_take_part() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4)).sum().backward()
+    wrapped.zero_grad()
+    plain[0].weight = nn.Parameter(torch.ones(5, 3, dtype=torch.float64))
+    plain.add_module("last", nn.Linear(2, 4).double())
+    wrapped.module[0].weight = nn.Parameter(plain[0].weight.detach().to(device(0)))
+    wrapped.module.add_module("last", copy.deepcopy(plain.last).to(device(0)))
+    wrapped(rows(7)).square().sum().backward()
+    plain(rows(7)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_change_of_dtype_after_wrapping_reaches_every_device() -> None:
+    _, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4))
+    out = wrapped.to(torch.bfloat16)(rows(4).bfloat16())
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert {parameter.grad.dtype for parameter in wrapped.parameters()} == {torch.bfloat16}
+
+
+def test_no_grad_and_inference_mode_reach_the_towers() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    with torch.no_grad():
+        assert not wrapped(rows(5)).requires_grad
+    with torch.inference_mode():
+        assert wrapped(rows(5)).is_inference()
+    wrapped(rows(5)).square().sum().backward()
+    plain(rows(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_grad_scaler_of_the_device_type_steps_and_skips() -> None:
+    net = nn.Linear(3, 2).to(device(0))
+    wrapped = TowerParallel(net, device_ids=[0, 1])
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("simulated", init_scale=8.0)
+    before = net.weight.detach().clone()
+    scaler.scale(wrapped(torch.full((4, 3), float("inf"))).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(net.weight, before)
+    assert scaler.get_scale() == 4
+    optimizer.zero_grad()
+    scaler.scale(wrapped(torch.ones(4, 3)).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.allclose(net.weight, before - 0.1 * 4)
+
+
+def test_clipping_the_norm_of_gradients_is_the_plain_modules() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    norms = []
+    for model in (plain, wrapped):
+        F.mse_loss(out := model(rows(6)), torch.ones_like(out)).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+    assert_same_values(norms[1], norms[0])
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_closed_wrapper_starts_anew() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(4)).sum().backward()
+    wrapped.close()
+    wrapped.zero_grad()
+    wrapped(rows(4)).square().sum().backward()
+    plain(rows(4)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("ending", ["", "del model, out", "import sys; sys.exit()", "1 / 0"])
+def test_a_program_that_never_closes_its_wrapper_ends(ending: str) -> None:
+    program = f"""
+import torch
+from tests.accelerator import load
+load()
+from torchtower import TowerParallel
+model = TowerParallel(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout()).to("simulated:0"))
+out = model(torch.ones(8, 3))
+out.sum().backward()
+print("trained", flush=True)
+{ending}
+"""
+    done = run_python(program)
+    assert done.stdout == "trained\n"
+    assert done.returncode == (1 if "/" in ending else 0), done.stderr
+    assert "ZeroDivisionError" in done.stderr if "/" in ending else done.stderr == ""
