@@ -93,6 +93,12 @@ def test_the_composed_form_tells_the_same(dtype: torch.dtype) -> None:
         assert torch.allclose(a, b, rtol=TOLERANCE, atol=0, equal_nan=True)
 
 
+def test_a_parameter_of_several_chunks_is_counted_whole() -> None:
+    towers = tower_grads([(80000,), (5,)], torch.float32, 2)
+    towers[1][0][[3, 40000, 79999]] = float("inf")
+    check([torch.empty(80000), torch.empty(5)], flat(towers), [0.5, 0.5])
+
+
 def test_accuracy_on_many_elements() -> None:
     grad = torch.rand(3_000_000, generator=torch.Generator().manual_seed(0)) + 0.5
     squares, _, _ = ops.tower_mean_with_statistics_([torch.empty_like(grad)], [grad], [1.0])
