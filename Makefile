@@ -17,11 +17,18 @@ test: build
 build: $(STAMPS)/build
 
 # Static checks and the compile gate of the CUDA kernels, which needs nvcc but neither a GPU nor a CUDA build of torch.
+# The gate shares its folder with tests/test_cuda_compile.py, so that it compiles once.
+GATE := build/cuda-gate
 check: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	@if command -v "$${CUDACXX:-nvcc}" >/dev/null || [ -x "$$CUDA_HOME/bin/nvcc" ]; then \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" && \
+	    cmake -S . -B $(GATE) -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" && \
+	    cmake --build $(GATE) --target cuda_gate; \
+	else echo "CUDA compile gate: skipped, expected nvcc on PATH, in CUDACXX or in CUDA_HOME, but found none"; fi
 
 $(STAMPS)/environment: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -66,7 +66,8 @@ def tower_mean_with_statistics_(
     Returns:
         ``sum_of_squares`` (float64) and ``non_finite`` (int64), of every tower's gradient of every parameter as it
         was before the call, and ``out_sum_of_squares`` (float64), of the mean before it is rounded to ``out``'s
-        dtype. Squares are taken and summed in float64; of a complex number both parts count.
+        dtype; of a complex number both parts count. Squares are summed in float64, on CUDA after partial sums of up to
+        16 elements in float32 (relative error below 4e-7).
 
     Shape:
         ``sum_of_squares`` and ``non_finite``: ``[num_towers, num_parameters]``;
