@@ -101,7 +101,7 @@ class Original:
         self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._watch = Watch(map(self._watched, self.modules))
-        self._tensors = self._tensor_facts()
+        self._known_facts = self._facts()
 
     def _is_ancestor(self, module: nn.Module) -> bool:
         # A child that keeps [parent] in an attribute must not make us replicate whatever contains us.
@@ -120,7 +120,7 @@ class Original:
             The modules whose attributes or hooks have; None where modules, parameters or buffers themselves have come,
             gone, moved or changed their ``requires_grad``, and all was discovered anew.
         """
-        if self._tensor_facts() != self._tensors:
+        if self._facts() != self._known_facts:
             self.discover()
             return None
         changed = [self.modules[index] for index in self._watch.changed()]
@@ -139,9 +139,10 @@ class Original:
         """Take changes of our own making for seen."""
         self._watch.remember()
 
-    def _tensor_facts(self) -> list[Any]:
+    def _facts(self) -> list[Any]:
         # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
-        return [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in self.parameters]
+        classes: list[Any] = list(map(type, self.modules))
+        return classes + [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in self.parameters]
 
 
 def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:

@@ -1,0 +1,582 @@
+"""Contracts 4 and 7: the wrapper keeps, saves, moves and changes its module as nn.DataParallel does."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from tests.helpers import (
+    EVERY_COUNT,
+    assert_close,
+    assert_same_gradients,
+    assert_same_parameters,
+    batch,
+    mlp,
+    run_python,
+    twins,
+    wrap,
+)
+from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
+
+
+def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
+    """Afterwards the two have the same outputs and the same gradients."""
+    outs = []
+    for net in (plain, wrapped):
+        net.zero_grad()
+        outs.append(net(batch(rows, seed=rows)))
+        outs[-1].square().sum().backward()
+    assert_close(outs[1], outs[0])
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- saved and loaded
+
+
+def test_state_dict_keys_stand_under_module_as_data_parallels_do() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    wrapped = wrap(net, 2)
+    assert list(wrapped.state_dict()) == [f"module.{key}" for key in net.state_dict()]
+    assert list(wrapped.state_dict()) == list(nn.DataParallel(net).state_dict())
+    wrapped(torch.randn(4, 3)).sum().backward()
+    assert list(wrapped.state_dict()) == [f"module.{key}" for key in net.state_dict()]
+    assert next(iter(wrapped.named_parameters()))[0] == "module.0.weight"
+    assert next(iter(wrapped.named_buffers()))[0] == "module.1.running_mean"
+    assert [name for name, _ in wrapped.named_modules()] == ["", "module", "module.0", "module.1"]
+
+
+def test_the_wrapped_module_is_the_users_own() -> None:
+    net = mlp()
+    parameters = list(net.parameters())
+    wrapped = wrap(net, 3)
+    wrapped(batch(6)).sum().backward()
+    assert wrapped.module is net
+    assert all(a is b for a, b in zip(wrapped.parameters(), parameters, strict=True))
+    assert all(p.is_leaf for p in parameters)
+
+
+@pytest.mark.parametrize("called_before", [True, False])
+def test_a_state_dict_loaded_into_the_wrapper_is_used_at_the_next_forward(called_before: bool) -> None:
+    plain, wrapped = twins(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), 3)
+    plain.eval()
+    wrapped.eval()
+    if called_before:
+        wrapped(batch(6)).sum().backward()
+    with torch.no_grad():
+        for tensor in (*plain.parameters(), *plain.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.5)
+    wrapped.load_state_dict({f"module.{key}": value for key, value in plain.state_dict().items()})
+    both_go_backward(plain, wrapped)
+
+
+def test_state_dicts_go_between_wrapper_data_parallel_and_module() -> None:
+    first, second = mlp(), mlp()
+    wrap(second, 2).load_state_dict(nn.DataParallel(first).state_dict())
+    assert_same_parameters(second, first)
+    third = mlp()
+    nn.DataParallel(third).load_state_dict(wrap(second, 2).state_dict())
+    assert_same_parameters(third, first)
+
+
+def test_load_state_dict_with_assign_replaces_the_parameters() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    wrapped(batch(4)).sum().backward()
+    other = mlp()
+    plain.load_state_dict(other.state_dict())
+    wrapped.load_state_dict({f"module.{k}": v.clone() for k, v in other.state_dict().items()}, assign=True)
+    both_go_backward(plain, wrapped)
+
+
+COPIES: dict[str, Callable[[nn.Module], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "torch.save": lambda net: _saved_and_loaded(net),
+}
+
+
+def _saved_and_loaded(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("called_before", [True, False])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copied_or_pickled_wrapper_trains_on_its_own(way: str, called_before: bool) -> None:
+    wrapped = wrap(mlp(), 2, buffers="mean", max_concurrency=1)
+    if called_before:
+        wrapped(batch(4)).sum().backward()
+        wrapped.tower_loss(lambda net, x: net(x).mean(), batch(4))
+    copied = COPIES[way](wrapped)
+    assert type(copied) is TowerParallel and copied.module is not wrapped.module
+    assert copied.num_towers == 2 and copied.buffer_policy == "mean" and copied.max_concurrency == 1
+    plain = copy.deepcopy(wrapped.module)
+    both_go_backward(plain, copied)
+    with torch.no_grad():
+        copied.module[0].weight.zero_()
+    assert wrapped.module[0].weight.abs().sum() > 0
+
+
+def test_a_copy_of_a_model_that_contains_wrappers_works() -> None:
+    net = nn.Sequential(wrap(mlp(3, 3), 2), mlp())
+    net(batch(4)).sum().backward()
+    twin = copy.deepcopy(net)
+    both_go_backward(net, twin)
+
+
+def test_a_module_taken_out_of_the_wrapper_is_as_it_was() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    wrapped(batch(4)).sum().backward()
+    net = wrapped.module
+    del wrapped
+    both_go_backward(plain, net)
+    both_go_backward(plain, copy.deepcopy(net))
+
+
+def test_a_replica_may_be_saved_from_within_a_forward() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.save(self.state_dict(), io.BytesIO())
+            twin = copy.deepcopy(self.fc)
+            return twin(x)
+
+    plain, wrapped = twins(Net(), 2)
+    assert_close(wrapped(batch(4)), plain(batch(4)))
+
+
+def test_a_checkpoint_of_module_and_optimizer_resumes_to_the_bit() -> None:
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        optimizer.zero_grad()
+        net(batch(7, seed=seed)).square().mean().backward()
+        optimizer.step()
+
+    wrapped = wrap(mlp(), 3)
+    optimizer = torch.optim.Adam(wrapped.parameters())
+    for seed in range(3):
+        step(wrapped, optimizer, seed)
+    saved = _saved_and_loaded({"model": wrapped.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed = wrap(mlp(), 3)
+    resumed.load_state_dict(saved["model"])
+    again = torch.optim.Adam(resumed.parameters())
+    again.load_state_dict(saved["optimizer"])
+    for seed in range(3, 6):
+        step(wrapped, optimizer, seed)
+        step(resumed, again, seed)
+    assert all(torch.equal(a, b) for a, b in zip(wrapped.parameters(), resumed.parameters(), strict=True))
+
+
+# ---- changed after wrapping
+
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "to dtype and back": lambda net: net.half().double(),
+    "parameter replaced": lambda net: setattr(net[0], "weight", nn.Parameter(torch.ones_like(net[0].weight))),
+    "data replaced": lambda net: setattr(net[0].weight, "data", torch.ones_like(net[0].weight)),
+    "data written": lambda net: net[0].weight.data.add_(1),
+    "written without grad": lambda net: net[0].weight.detach().mul_(2),
+    "written by numpy": lambda net: net[0].weight.detach().numpy().fill(0.25),
+    "initialised anew": lambda net: nn.init.constant_(net[0].weight, 0.5),
+    "frozen": lambda net: net[0].requires_grad_(False),
+    "parameter of another shape": lambda net: _widen(net),
+    "module added": lambda net: net.add_module("3", _filled(nn.Linear(2, 2))),
+    "module replaced": lambda net: net.__setitem__(1, nn.Sigmoid()),
+    "module deleted": lambda net: net.__delitem__(1),
+    "parameter added": lambda net: _scale(net),
+    "bias removed": lambda net: net[0].register_parameter("bias", None),
+    "pruned": lambda net: prune.l1_unstructured(net[0], "weight", amount=0.5),
+    "pruned for good": lambda net: prune.remove(prune.l1_unstructured(net[0], "weight", amount=0.5), "weight"),
+    "applied": lambda net: net.apply(lambda m: m.weight.data.fill_(0.1) if isinstance(m, nn.Linear) else None),
+    "activation's option": lambda net: setattr(net[3 - 2], "inplace", True),
+    "class of a submodule": lambda net: setattr(net[1], "__class__", nn.Sigmoid),
+    "tied": lambda net: _tie(net),
+    "channels_last": lambda net: net.to(memory_format=torch.channels_last),
+    "bound method as forward": lambda net: setattr(net, "forward", lambda x: net[2](net[1](net[0](x))) * 2),
+    "loaded": lambda net: net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()}),
+    "vector to parameters": lambda net: nn.utils.vector_to_parameters(
+        torch.linspace(0, 1, sum(p.numel() for p in net.parameters())).double(), net.parameters()
+    ),
+}
+
+
+def _filled(layer: nn.Linear) -> nn.Linear:
+    layer.double()
+    with torch.no_grad():
+        layer.weight.fill_(0.3)
+        layer.bias.fill_(0.1)
+    return layer
+
+
+def _widen(net: nn.Sequential) -> None:
+    net[0], net[2] = _filled(nn.Linear(3, 9)), _filled(nn.Linear(9, 2))
+
+
+def _scale(net: nn.Sequential) -> None:
+    net[2].scale = nn.Parameter(torch.tensor(2.0).double())
+    net[2].register_forward_hook(lambda module, args, out: out * module.scale)
+
+
+def _tie(net: nn.Sequential) -> None:
+    net.add_module("3", nn.Tanh())
+    net.add_module("4", net[2])
+    net.insert(3, _filled(nn.Linear(2, 5)))
+
+
+@pytest.mark.parametrize("num_towers", (1, 3))
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_wrapping_takes_effect_at_the_next_forward(change: str, num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    both_go_backward(plain, wrapped)
+    for net in (plain, wrapped.module):
+        CHANGES[change](net)
+    both_go_backward(plain, wrapped)
+    both_go_backward(plain, wrapped, rows=5)
+
+
+@pytest.mark.parametrize("change", ["to dtype and back", "parameter replaced", "module added", "frozen"])
+def test_a_change_between_forward_and_backward_does_not_reach_that_backward(change: str) -> None:
+    plain, wrapped = twins(mlp(), 3)
+    losses = [net(batch(7)).square().sum() for net in (plain, wrapped)]
+    old = [list(net.parameters()) for net in (plain, wrapped.module)]
+    if change != "to dtype and back":
+        for net in (plain, wrapped.module):
+            CHANGES[change](net)
+    for loss in losses:
+        loss.backward()
+    for theirs, ours in zip(*old, strict=True):
+        assert_close(ours.grad, theirs.grad)
+
+
+def test_half_and_float_of_the_wrapper_reach_the_towers() -> None:
+    wrapped = wrap(nn.Linear(3, 2), 2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float32):
+        wrapped.to(dtype)
+        out = wrapped(torch.ones(4, 3, dtype=dtype))
+        assert out.dtype == dtype
+        wrapped.zero_grad()
+        out.sum().backward()
+        assert wrapped.module.weight.grad.dtype == dtype
+
+
+def test_another_module_may_be_put_into_the_wrapper() -> None:
+    wrapped = wrap(mlp(), 2)
+    wrapped(batch(4))
+    other = mlp()
+    wrapped.module = other
+    both_go_backward(copy.deepcopy(other), wrapped)
+
+
+def test_buffers_written_from_outside_reach_every_tower() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(()).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    wrapped = wrap(Net(), 3)
+    x = batch(6)
+    for value in (1.0, 2.0, 3.0):
+        wrapped.module.scale.data.fill_(value)
+        assert torch.equal(wrapped(x), x * value)
+    wrapped.module.scale = torch.tensor(4.0).double()
+    assert torch.equal(wrapped(x), x * 4)
+    wrapped.module.scale = torch.tensor([5.0, 6.0, 7.0]).double()
+    assert torch.equal(wrapped(x), x * wrapped.module.scale)
+
+
+# ---- training loops
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_an_optimizer_made_before_or_after_wrapping_works(before: bool) -> None:
+    plain = mlp()
+    net = copy.deepcopy(plain)
+    if before:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        wrapped = wrap(net, 2)
+    else:
+        wrapped = wrap(net, 2)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for step in range(3):
+        for model, its in ((plain, theirs), (wrapped, optimizer)):
+            its.zero_grad()
+            model(batch(6, seed=step)).square().mean().backward()
+            its.step()
+    assert_same_parameters(wrapped, plain)
+
+
+def test_parameter_groups_and_schedulers_work() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        inner = getattr(net, "module", net)
+        groups = [{"params": inner[0].parameters(), "lr": 0.1}, {"params": inner[2].parameters()}]
+        optimizer = torch.optim.SGD(groups, lr=0.01)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        for step in range(3):
+            optimizer.zero_grad()
+            net(batch(6, seed=step)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+    assert_same_parameters(wrapped, plain)
+
+
+@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
+def test_gradient_clipping_works(clip: Any) -> None:
+    plain, wrapped = twins(mlp(), 3)
+    norms = []
+    for net in (plain, wrapped):
+        net(batch(7)).square().sum().backward()
+        norms.append(clip(net.parameters(), 0.1))
+    if norms[0] is not None:
+        assert_close(norms[1], norms[0])
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_gradient_scaler_scales_and_skips_as_with_the_plain_module() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=2)
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = net(batch(6, seed=step)).square().mean()
+            if step == 2:
+                loss = loss * float("inf")
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**4
+    assert_same_parameters(wrapped, plain)
+
+
+def test_training_and_evaluation_alternate() -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
+    wrapped = wrap(net, 2)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(3):
+        wrapped.train()
+        optimizer.zero_grad()
+        wrapped(batch(6, seed=step)).square().mean().backward()
+        optimizer.step()
+        wrapped.eval()
+        with torch.no_grad() if step % 2 else torch.inference_mode():
+            assert_close(wrapped(batch(5)), net(batch(5)))
+
+
+def test_an_averaged_model_of_the_wrapper_works() -> None:
+    wrapped = wrap(mlp(), 2)
+    averaged = torch.optim.swa_utils.AveragedModel(wrapped)
+    for step in range(2):
+        with torch.no_grad():
+            for p in wrapped.parameters():
+                p.add_(step)
+        averaged.update_parameters(wrapped)
+    assert averaged(batch(4)).shape == (4, 2)
+
+
+def test_zero_gradient_and_requires_grad_of_the_wrapper_reach_the_module() -> None:
+    wrapped = wrap(mlp(), 2)
+    wrapped(batch(4)).sum().backward()
+    wrapped.zero_grad()
+    assert all(p.grad is None for p in wrapped.module.parameters())
+    wrapped.requires_grad_(False)
+    assert not wrapped(batch(4)).requires_grad
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_the_wrapper_prints_and_reports_as_data_parallel_does(num_towers: int) -> None:
+    wrapped = wrap(mlp(), num_towers)
+    assert repr(wrapped).startswith("TowerParallel(") and "(module): Sequential(" in repr(wrapped)
+    assert wrapped.num_towers == num_towers and wrapped.device_ids == ["cpu"] * num_towers
+    assert wrapped.training
+
+
+def test_without_devices_there_is_one_tower_that_costs_nothing() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator, whose devices are the default")
+    net = mlp()
+    wrapped = TowerParallel(net)
+    x = batch(4)
+    assert wrapped.num_towers == 1
+    assert torch.equal(wrapped(x), net(x))
+    assert wrapped._towers is None
+
+
+def test_parameters_are_held_once_for_any_number_of_towers() -> None:
+    seen: dict[int | None, int] = {}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[current_tower()] = self.fc.weight.data_ptr()
+            return self.fc(x)
+
+    net = Net()
+    wrap(net, 4)(torch.ones(8, 3))
+    assert seen == dict.fromkeys(range(4), net.fc.weight.data_ptr())
+
+
+def test_replicas_persist_between_steps() -> None:
+    seen: list[set[int]] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[-1].add(id(self))
+            return self.fc(x)
+
+    wrapped = wrap(Net(), 2)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for _ in range(3):
+        seen.append(set())
+        wrapped(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 2
+
+
+def test_subclasses_may_add_attributes_and_reach_the_module() -> None:
+    class Mine(TowerParallel):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.module, name)
+
+    net = mlp()
+    net.extra = 5
+    wrapped = Mine(net, ["cpu", "cpu"])
+    assert wrapped.extra == 5
+    assert wrapped(batch(4)).shape == (4, 2)
+    wrapped.mine = 3
+    assert copy.deepcopy(wrapped).mine == 3
+
+
+# ---- without synchronisation
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_no_sync_accumulates_and_the_next_backward_reduces_once(num_towers: int, style: str) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+
+    def backward(net: nn.Module, step: int) -> None:
+        x, y = batch(7, seed=step), batch(7, 2, seed=50 + step)
+        if net is wrapped and style == "tower loss":
+            wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
+        else:
+            F.mse_loss(net(x), y).backward()
+
+    for round_ in range(2):
+        for net in (plain, wrapped):
+            net.zero_grad()
+            for step in range(2):
+                if net is wrapped:
+                    with wrapped.no_sync():
+                        backward(net, 10 * round_ + step)
+                else:
+                    backward(net, 10 * round_ + step)
+            backward(net, 10 * round_ + 9)
+        assert_same_gradients(wrapped, plain)
+
+
+def test_within_no_sync_no_gradient_reaches_the_parameters() -> None:
+    wrapped = wrap(mlp(), 2)
+    with wrapped.no_sync():
+        wrapped(batch(4)).sum().backward()
+    assert all(p.grad is None for p in wrapped.parameters())
+    wrapped(batch(4)).sum().backward()
+    assert all(p.grad is not None for p in wrapped.parameters())
+
+
+def test_zero_grad_forgets_what_no_sync_kept() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with wrapped.no_sync():
+        wrapped(batch(4)).sum().backward()
+    wrapped.zero_grad()
+    both_go_backward(plain, wrapped)
+
+
+def test_an_error_within_no_sync_leaves_the_context() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with pytest.raises(KeyError), wrapped.no_sync():
+        raise KeyError
+    both_go_backward(plain, wrapped)
+
+
+# ---- programs around it
+
+
+def test_a_session_cell_by_cell_works() -> None:
+    """Each cell compiled and run by itself in one namespace, definitions repeated, errors in between."""
+    cells = [
+        "import torch\nfrom torch import nn\nfrom torchtower import TowerParallel",
+        "class Net(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(3, 2)\n"
+        "  def forward(self, x):\n    return self.fc(x)",
+        "model = TowerParallel(Net(), ['cpu'] * 2)\nout = model(torch.ones(4, 3))",
+        "model(torch.ones(4, 7))",
+        "class Net(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(3, 1)\n"
+        "  def forward(self, x):\n    return self.fc(x).tanh()",
+        "model = TowerParallel(Net(), ['cpu'] * 3)\nmodel(torch.ones(4, 3)).sum().backward()",
+        "Net.forward = lambda self, x: self.fc(x) * 0 + 7\nout = model(torch.ones(4, 3))",
+        "out.sum().backward()",
+    ]
+    space: dict[str, Any] = {}
+    errors = 0
+    for cell in cells:
+        try:
+            exec(compile(cell, "<cell>", "exec"), space)
+        except RuntimeError:
+            errors += 1
+    assert errors == 1
+    assert torch.equal(space["out"], torch.full((4, 1), 7.0))
+
+
+def test_a_pickled_wrapper_is_loaded_by_another_process(tmp_path: Any) -> None:
+    wrapped = wrap(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), 2)
+    out = wrapped(torch.ones(4, 3))
+    torch.save(wrapped, tmp_path / "wrapped.pt")
+    done = run_python(f"""
+import torch
+model = torch.load({str(tmp_path / "wrapped.pt")!r}, weights_only=False)
+out = model(torch.ones(4, 3))
+out.sum().backward()
+print(model.num_towers, model.module[0].weight.grad is not None, out.sum().item())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["2", "True"]
+    assert float(done.stdout.split()[2]) == pytest.approx(out.sum().item(), rel=1e-6)
+
+
+def test_a_synchronised_norm_survives_copies_and_state_dicts() -> None:
+    net = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).double()
+    wrapped = wrap(net, 2)
+    wrapped(batch(6)).sum().backward()
+    twin = pickle.loads(pickle.dumps(wrapped))
+    assert_close(twin(batch(5)), wrapped(batch(5)))
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    plain.load_state_dict(net.state_dict())
+    assert_close(plain.eval()(batch(5)), wrapped.eval()(batch(5)))
