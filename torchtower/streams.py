@@ -10,7 +10,7 @@ between devices order both devices' current streams themselves.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -25,12 +25,12 @@ class Streams:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._streams = _current({device.index for device in devices if device.type != "cpu"})
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> AbstractContextManager[None]:
         """Make them current in this thread; its current device stays."""
-        if not self._streams:
-            yield
-            return
+        return self._made_current() if self._streams else nullcontext()
+
+    @contextmanager
+    def _made_current(self) -> Iterator[None]:
         index = torch.accelerator.current_device_index()
         before = _current({stream.device_index for stream in self._streams})
         _make_current(self._streams, index)

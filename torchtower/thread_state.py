@@ -8,8 +8,8 @@ that this takes stands in this file.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,9 +76,13 @@ class ThreadState:
         with ExitStack() as stack:
             if self._inference:
                 stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.set_grad_enabled(self._grad_enabled))
+            self._set_flags()
+            # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears
+            # it for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see
+            # workers).
+            torch.autocast_increment_nesting()
+            stack.callback(torch.autocast_decrement_nesting)
             stack.enter_context(self._streams.current())
-            stack.enter_context(self._autocast_state())
             if self._saved_tensor_hooks is not None and not _of_checkpoint(self._saved_tensor_hooks):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._saved_tensor_hooks))
             if self._hooks_disabled is not None:
@@ -91,37 +95,18 @@ class ThreadState:
                 stack.callback(_C._pop_torch_function_stack)
             return work()
 
+    def _set_flags(self) -> None:
+        # Not restored afterwards: a tower's thread does nothing but jobs, and each sets them all.
+        torch.set_grad_enabled(self._grad_enabled)
+        torch.set_autocast_cache_enabled(self._autocast_cache)
+        for autocast in self._autocasts:
+            torch.set_autocast_enabled(autocast.device_type, autocast.enabled)
+            torch.set_autocast_dtype(autocast.device_type, autocast.dtype)
+
     def _of_tower(self, mode: Any, device: torch.device) -> Any:
         if isinstance(mode, DeviceContext) and _names(mode.device, self._main_device):
             return DeviceContext(device)
         return mode
-
-    @contextmanager
-    def _autocast_state(self) -> Iterator[None]:
-        # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears it
-        # for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see workers).
-        before = [
-            Autocast(
-                a.device_type,
-                torch.is_autocast_enabled(a.device_type),
-                torch.get_autocast_dtype(a.device_type),
-            )
-            for a in self._autocasts
-        ]
-        torch.autocast_increment_nesting()
-        _set_autocast(self._autocasts)
-        torch.set_autocast_cache_enabled(self._autocast_cache)
-        try:
-            yield
-        finally:
-            torch.autocast_decrement_nesting()
-            _set_autocast(before)
-
-
-def _set_autocast(autocasts: list[Autocast]) -> None:
-    for autocast in autocasts:
-        torch.set_autocast_enabled(autocast.device_type, autocast.enabled)
-        torch.set_autocast_dtype(autocast.device_type, autocast.dtype)
 
 
 def _of_checkpoint(hooks: Any) -> bool:
