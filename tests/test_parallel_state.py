@@ -246,6 +246,14 @@ def test_a_change_after_wrapping_takes_effect_at_the_next_forward(change: str, n
     both_go_backward(plain, wrapped, rows=5)
 
 
+def test_data_transposed_in_place_are_seen() -> None:
+    plain, wrapped = twins(nn.Linear(3, 3), 2)
+    both_go_backward(plain, wrapped)
+    for net in (plain, wrapped.module):
+        net.weight.data = net.weight.data.t()
+    both_go_backward(plain, wrapped)
+
+
 @pytest.mark.parametrize("change", ["to dtype and back", "parameter replaced", "module added", "frozen"])
 def test_a_change_between_forward_and_backward_does_not_reach_that_backward(change: str) -> None:
     plain, wrapped = twins(mlp(), 3)

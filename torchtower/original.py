@@ -142,7 +142,7 @@ class Original:
     def _facts(self) -> list[Any]:
         # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
         classes: list[Any] = list(map(type, self.modules))
-        return classes + [(p.data_ptr(), p.requires_grad, p.shape, p.dtype) for p in self.parameters]
+        return classes + [(p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in self.parameters]
 
 
 def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:

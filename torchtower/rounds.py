@@ -12,7 +12,15 @@ _local = threading.local()
 
 
 def current_tower() -> int | None:
-    """The index of the tower whose thread this is; None outside of the towers' threads."""
+    """Tell which tower's forward, loss or backward this is, for code that does something in one tower alone.
+
+    Returns:
+        The index of the tower whose thread this is; None outside of the towers' threads, and where there is one tower.
+
+    Example:
+        >>> current_tower() is None
+        True
+    """
     return getattr(_local, "tower_index", None)
 
 

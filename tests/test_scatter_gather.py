@@ -1,0 +1,172 @@
+"""Nested batches are cut by rows, outputs joined field by field; these are the rules, without any tower."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import OrderedDict, namedtuple
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchtower.scatter_gather import even_sizes, gather_structure, map_tensors, plan_splits, tensors_in
+
+
+def cut(batch: Any, num_towers: int, dim: int = 0) -> list[Any]:
+    splits = plan_splits(batch, num_towers, dim)
+
+    def part_for(tower: int) -> Any:
+        def part_of(tensor: Tensor) -> Tensor:
+            parts = splits.parts(tensor)
+            return tensor if parts is None else parts[tower]
+
+        return map_tensors(part_of, batch)
+
+    return [part_for(tower) for tower in range(len(splits.rows))]
+
+
+def rows(count: int, columns: int = 2) -> Tensor:
+    return torch.arange(count * columns).view(count, columns)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 200), num_towers=st.integers(1, 16))
+def test_rows_are_shared_out_evenly_and_in_order(count: int, num_towers: int) -> None:
+    sizes = even_sizes(count, num_towers)
+    assert sum(sizes) == count and len(sizes) == num_towers
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 40), num_towers=st.integers(1, 8), dim=st.integers(-2, 1))
+def test_the_parts_of_a_tensor_joined_are_the_tensor_and_none_is_empty(count: int, num_towers: int, dim: int) -> None:
+    tensor = rows(count) if dim % 2 == 0 else rows(count).t()
+    parts = cut(tensor, num_towers, dim)
+    assert torch.equal(torch.cat(parts, dim) if len(parts) > 1 else parts[0], tensor)
+    assert len(parts) == min(count, num_towers) and all(part.shape[dim] for part in parts)
+
+
+def test_nine_rows_over_four_towers_are_three_two_two_two() -> None:
+    assert [len(part) for part in cut(rows(9), 4)] == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize("batch", [rows(0), rows(1), None, (), {"text": "x"}, torch.tensor(3.0), [1, 2, 3]])
+def test_a_batch_without_rows_to_split_goes_to_the_main_tower_alone(batch: Any) -> None:
+    (only,) = cut(batch, 4)
+    if isinstance(batch, Tensor):
+        assert only is batch
+    else:
+        assert only == batch
+
+
+def test_tensors_of_different_lengths_are_each_split_evenly_over_as_many_towers_as_the_shortest_serves() -> None:
+    parts = cut((rows(9), rows(3)), 4)
+    assert [(len(a), len(b)) for a, b in parts] == [(3, 1), (3, 1), (3, 1)]
+    assert plan_splits((rows(9), rows(3)), 4, 0).rows == [3, 3, 3]
+
+
+def test_a_tensor_of_one_row_or_none_is_for_everybody() -> None:
+    shared, scalar = rows(1), torch.tensor(1.0)
+    for part in cut((rows(4), shared, scalar), 2):
+        assert part[1] is shared and part[2] is scalar
+
+
+def test_every_tower_gets_an_empty_tensor_whole() -> None:
+    empty = torch.empty(0, 3)
+    for part in cut((rows(4), empty), 2):
+        assert part[1] is empty
+
+
+def test_parts_are_views_not_copies() -> None:
+    tensor = rows(6)
+    assert [part.data_ptr() for part in cut(tensor, 2)] == [tensor.data_ptr(), tensor[3:].data_ptr()]
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+Point = namedtuple("Point", "x y")
+
+
+@dataclasses.dataclass
+class Record:
+    x: Tensor
+    more: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    x: Tensor
+
+
+@dataclasses.dataclass
+class Derived:
+    x: Tensor
+    derived: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.derived = self.x * 2
+
+
+class Counted(list):
+    pass
+
+
+STRUCTURES = {
+    "tuple": lambda t: (t, (t, 1)),
+    "list": lambda t: [t, [t]],
+    "list subclass": lambda t: Counted([t, t]),
+    "dict": lambda t: {"a": t, 3: {"b": t}},
+    "ordered": lambda t: OrderedDict([("z", t), ("a", t)]),
+    "namedtuple": lambda t: Point(t, "y"),
+    "dataclass": lambda t: Record(t, [t]),
+    "frozen slots": lambda t: Slotted(t),
+    "field not in init": lambda t: Derived(t),
+    "size": lambda t: (t, torch.Size([2, 3])),
+    "enum": lambda t: (t, Colour.RED, Colour),
+    "class of dataclass": lambda t: (t, Record),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_containers_keep_their_type_and_what_is_no_tensor_its_identity(kind: str) -> None:
+    whole = STRUCTURES[kind](rows(5))
+    parts = cut(whole, 2)
+    assert [type(part) for part in parts] == [type(whole)] * 2
+    for tower, count in ((0, 3), (1, 2)):
+        assert all(len(t) == count for t in tensors_in(parts[tower]))
+        assert len(tensors_in(parts[tower])) == len(tensors_in(whole))
+    assert all(len(t) == 5 for t in tensors_in(whole)), "the caller's structure is left alone"
+    joined = gather_structure(parts, lambda tensors, path: torch.cat(tensors))
+    assert type(joined) is type(whole)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_in(joined), tensors_in(whole), strict=True))
+
+
+def test_gathering_names_the_path_of_every_field() -> None:
+    paths = []
+    outputs = [{"a": (rows(1), [rows(1)])}, {"a": (rows(1), [rows(1)])}]
+    gather_structure(outputs, lambda parts, path: paths.append(path))
+    assert paths == ["the output['a'][0]", "the output['a'][1][0]"]
+
+
+@pytest.mark.parametrize("value", [None, 3, 2.5, "text", True, torch.float32, torch.device("cpu"), Colour.RED, b"x"])
+def test_what_is_no_tensor_must_be_alike_in_every_tower_and_stays(value: Any) -> None:
+    assert gather_structure([value, value], lambda parts, path: None) is value
+
+
+def test_objects_without_equality_are_as_alike_as_one_can_tell() -> None:
+    class Thing:
+        pass
+
+    first = Thing()
+    assert gather_structure([first, Thing()], lambda parts, path: None) is first
+
+
+def test_objects_of_different_types_differ() -> None:
+    with pytest.raises(ValueError, match=r"tower 1's is 1\.0"):
+        gather_structure([1, 1.0], lambda parts, path: None)
