@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
 
@@ -239,6 +240,31 @@ def test_buffers_travel_in_few_copies(simulated: types.ModuleType) -> None:
     with torch.no_grad():
         wrapped(rows(8, 8))
     assert simulated.copies()[OUT].number <= 2  # one for each dtype
+
+
+def test_a_full_bucket_travels_while_the_backwards_still_run(simulated: types.ModuleType) -> None:
+    meeting, seen = threading.Barrier(2, timeout=30), []
+
+    def note(grad: Tensor) -> None:
+        meeting.wait()  # both towers have the last layer's gradient, neither has the first one's
+        seen.append(simulated.copies()[BACK])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 1024), nn.Linear(1024, 7000, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            if hidden.requires_grad:
+                hidden.register_hook(note)
+            return self.last(hidden.tanh())
+
+    net = Net().to(device(0))
+    loss = TowerParallel(net, device_ids=[0, 1], max_concurrency=2)(torch.ones(4, 4)).sum()
+    simulated.reset_copies()
+    loss.backward()
+    assert seen == [(1, bytes_of(net.last))] * 2
 
 
 def test_gradients_on_the_main_device_are_never_held_once_a_tower(simulated: types.ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""What a tower finds on its device: streams, random numbers, the caller's state; and how its errors come out."""
+"""What a tower finds on its device: streams and the caller's state; and how its errors come out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tests.accelerator.towers import assert_same_gradients, assert_same_values, device, every_layout, mlp, rows, twins
+from tests.accelerator.towers import assert_same_gradients, device, every_layout, mlp, rows, twins
 from torchtower import TowerParallel, current_tower
 
 
@@ -187,98 +185,6 @@ def test_a_module_that_makes_tensors_on_its_inputs_device_trains_alike() -> None
     wrapped(rows(5)).square().sum().backward()
     plain(rows(5)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
-
-
-# ---- random numbers
-
-dropouts = pytest.mark.parametrize(
-    "drop",
-    [
-        F.dropout,
-        lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
-        lambda x: x * (torch.rand_like(x) > 0.5),
-        lambda x: x * (torch.rand(x.shape, device=x.device) > 0.5),
-        lambda x: x * (torch.rand(x.shape) > 0.5).to(x.device),
-        lambda x: F.alpha_dropout(x, training=True),
-    ],
-    ids=["dropout", "bernoulli", "rand_like", "rand", "rand on the cpu", "alpha"],
-)
-
-
-class Drop(nn.Module):
-    def __init__(self, drop: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.drop = drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(x)
-
-
-@dropouts
-@pytest.mark.parametrize("devices", [[0, 1], [1, 0], [0, 1, 0, 1], [0, 0]])
-def test_towers_draw_different_masks_that_a_seed_reproduces(
-    devices: list[int], drop: Callable[[Tensor], Tensor]
-) -> None:
-    wrapped = TowerParallel(Drop(drop), device_ids=devices)
-    x = torch.ones(len(devices), 64)
-    torch.manual_seed(7)
-    first, second = wrapped(x), wrapped(x)
-    torch.manual_seed(7)
-    assert torch.equal(wrapped(x), first)
-    assert torch.equal(wrapped(x), second)
-    masks = {tuple(row) for row in [*first.tolist(), *second.tolist()]}
-    assert len(masks) == 2 * len(devices)
-
-
-@dropouts
-def test_the_main_tower_draws_as_the_plain_module_would(drop: Callable[[Tensor], Tensor]) -> None:
-    wrapped = TowerParallel(Drop(drop), device_ids=[0, 1])
-    torch.manual_seed(7)
-    whole = wrapped(torch.ones(2, 64))
-    torch.manual_seed(7)
-    assert torch.equal(whole[:1], drop(torch.ones(1, 64, device=device(0))))
-
-
-def test_masks_depend_on_the_tower_and_not_on_how_towers_lie() -> None:
-    outs = []
-    for devices in ([0, 1, 0], [0, 0, 0], [0, 1, 1]):
-        torch.manual_seed(7)
-        outs.append(TowerParallel(Drop(F.dropout), device_ids=devices)(torch.ones(3, 64)).cpu())
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
-def test_a_forward_that_draws_nothing_consumes_nothing() -> None:
-    _, wrapped = twins(mlp(), [0, 1])
-    generators = torch.simulated.default_generators
-    before = [generator.get_state() for generator in generators]
-    wrapped(rows(4)).sum().backward()
-    assert all(torch.equal(a, b.get_state()) for a, b in zip(before, generators, strict=True))
-
-
-def test_other_towers_leave_their_devices_default_generator_alone() -> None:
-    wrapped = TowerParallel(Drop(F.dropout), device_ids=[0, 1])
-    before = torch.simulated.get_rng_state(1)
-    wrapped(torch.ones(2, 8))
-    assert torch.equal(before, torch.simulated.get_rng_state(1))
-
-
-@every_layout
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_recomputes_with_each_towers_own_mask(devices: list[int], use_reentrant: bool) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(64, dtype=torch.float64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            out = checkpoint(lambda x: F.dropout(x * self.scale), x, use_reentrant=use_reentrant)
-            assert isinstance(out, Tensor)
-            return out
-
-    wrapped = TowerParallel(Net().to(device(devices[0])), device_ids=devices)
-    out = wrapped(torch.ones(len(devices), 64, dtype=torch.float64).requires_grad_())
-    out.sum().backward()
-    assert_same_values(wrapped.module.scale.grad, out.sum(0))  # the same masks, or these differ
 
 
 # ---- errors
