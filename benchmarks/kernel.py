@@ -26,7 +26,6 @@ from streaming import cpu_streaming_limit, device_copy_limit
 from torchtower import build_info, ops
 
 Run = Callable[[], object]
-IN_PLACE = ("foreach, in place", "flat, in place")
 
 
 def rivals(shapes: list[tuple[int, ...]], num_towers: int, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
@@ -81,6 +80,7 @@ def measure(runs: dict[str, Run], device: torch.device, seconds: float) -> dict[
     rounds = 0
     while rounds < 6 or (time.perf_counter() < end and rounds < 200):
         for name, run in runs.items():
+            run()  # so that a set which fits the cache is found there, whatever the rival before has left
             _synchronize(device)
             begin = time.perf_counter()
             run()
@@ -112,7 +112,9 @@ def case(name: str, num_towers: int, dtype: torch.dtype, device: torch.device, s
         "gigabytes_per_second": moved_bytes / ours * 1e-6,
         "of_limit": ms["limit"] / ours,
         "against_stack_mean": ms["stack().mean(0)"] / ours,
-        "against_best_in_place": min(ms[rival] for rival in IN_PLACE) / ours,
+        "against_foreach_in_place": ms["foreach, in place"] / ours,
+        # Not the same task where tensors are many: it starts from gradients that already lie in one flat tensor.
+        "against_flat_in_place": ms["flat, in place"] / ours,
         "statistics_cost": ms["ours, with statistics"] / ours - 1,
         "microseconds_per_gradient": 1e3 * ours / (len(shapes) * num_towers),
     }
@@ -122,12 +124,12 @@ def print_row(row: dict[str, Any], is_first: bool) -> None:
     if is_first:
         print(
             f"{'set':<12}{'T':>3} {'dtype':<9}{'ours ms':>9}{'GB/s':>7}{'of limit':>10}{'x stack':>9}"
-            f"{'x in place':>12}{'statistics':>12}{'us/grad':>9}"
+            f"{'x foreach':>11}{'x flat':>8}{'statistics':>12}{'us/grad':>9}"
         )
     print(
         f"{row['set']:<12}{row['towers']:>3} {row['dtype']:<9}{row['milliseconds']['ours, in place']:>9.3f}"
         f"{row['gigabytes_per_second']:>7.1f}{row['of_limit']:>10.0%}{row['against_stack_mean']:>9.1f}"
-        f"{row['against_best_in_place']:>12.2f}{row['statistics_cost']:>+12.0%}{row['microseconds_per_gradient']:>9.2f}",
+        f"{row['against_foreach_in_place']:>11.2f}{row['against_flat_in_place']:>8.2f}{row['statistics_cost']:>+12.0%}{row['microseconds_per_gradient']:>9.2f}",
         flush=True,
     )
 
