@@ -256,6 +256,20 @@ def test_recurrent_networks_train_alike(devices: list[int], kind: type[nn.RNNBas
 
 
 @every_layout
+def test_sparse_gradients_of_embeddings_stay_sparse(devices: list[int]) -> None:
+    plain, wrapped = twins(nn.Embedding(6, 3, sparse=True), devices)
+    words = torch.tensor([[1, 2], [2, 5], [1, 1], [0, 3], [5, 5]])
+    for model in (plain, wrapped):
+        for _ in range(2):
+            model(words).square().sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+    grad = wrapped.module.weight.grad
+    assert grad.is_sparse and grad.device == device(devices[0])
+    assert_same_values(grad.to_dense(), plain.weight.grad.to_dense())
+    assert_same_values(wrapped(words), plain(words))
+
+
+@every_layout
 def test_channels_last_convolutions_train_alike(devices: list[int]) -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, bias=False))
     plain, wrapped = twins(net.to(memory_format=torch.channels_last), devices)

@@ -201,3 +201,21 @@ print("trained", flush=True)
     assert done.stdout == "trained\n"
     assert done.returncode == (1 if "/" in ending else 0), done.stderr
     assert "ZeroDivisionError" in done.stderr if "/" in ending else done.stderr == ""
+
+
+def test_as_many_devices_as_a_machine_has_work() -> None:
+    program = """
+import copy, os, torch
+os.environ["TORCHTOWER_SIMULATED_DEVICES"] = "4"
+from tests.accelerator import load
+from torchtower import TowerParallel
+load()
+plain = torch.nn.Linear(3, 2).double()
+model = TowerParallel(copy.deepcopy(plain).to("simulated:0"))
+x = torch.randn(9, 3, dtype=torch.float64)
+model(x).square().sum().backward()
+plain(x).square().sum().backward()
+print(len(model.devices), torch.allclose(model.module.weight.grad.cpu(), plain.weight.grad, rtol=1e-12))
+"""
+    done = run_python(program)
+    assert done.stdout == "4 True\n", done.stderr

@@ -161,6 +161,15 @@ def test_autocast_lowers_precision_where_other_devices_do() -> None:
     assert linear(x).dtype == torch.float32
 
 
+def test_sparse_tensors_keep_their_device() -> None:
+    indices, values = torch.tensor([[1, 0, 1]], device="simulated:1"), on(1, 3, 2)
+    sparse = torch.sparse_coo_tensor(indices, values, (3, 2), check_invariants=True)
+    assert sparse.device == values.device
+    assert sparse.coalesce().values().tolist() == [[2, 3], [4, 6]]
+    assert sparse.to("simulated:0").to_dense().tolist() == [[2, 3], [4, 6], [0, 0]]
+    assert sparse.cpu().to_dense().tolist() == [[2, 3], [4, 6], [0, 0]]
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()

@@ -14,6 +14,7 @@
 #include "cells.h"
 #include "hooks.h"
 #include "kernels.h"
+#include "sparse.h"
 
 namespace simulated {
 namespace {
@@ -48,6 +49,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_backward_overrideable",
          torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
 }
+
+TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, m) { register_sparse(m); }
 
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
   m.impl("_thnn_fused_lstm_cell", lstm_cell);
