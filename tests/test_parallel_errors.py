@@ -587,7 +587,9 @@ if __name__ == "__main__":
 
 def test_interrupting_again_and_again_never_hangs() -> None:
     passes("""
-model = towers(Slow(0.3), 3, max_concurrency=3)
+model = towers(Slow(0), 3, max_concurrency=3)
+model(torch.ones(6, 3))
+model.module.seconds = 0.3
 def interrupt():
     for _ in range(3):
         time.sleep(0.05)

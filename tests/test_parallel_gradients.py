@@ -1020,6 +1020,47 @@ def test_both_call_styles_mix_in_one_backward() -> None:
     assert_same_gradients(wrapped, plain)
 
 
+def test_a_loss_function_that_calls_the_wrapper_itself_means_its_towers_replica() -> None:
+    plain, wrapped = twins(mlp(), 3)
+    loss = wrapped.tower_loss(lambda net, x: wrapped(x).square().mean(), batch(7))
+    loss.backward()
+    plain(batch(7)).square().mean().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+TRANSFORMS = {
+    "grad": lambda net, x: torch.func.grad(lambda x: net(x).sum())(x),
+    "vmap": lambda net, x: torch.func.vmap(net)(x[None].expand(2, -1, -1)),
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),))[1],
+    "jacrev": lambda net, x: torch.func.jacrev(net)(x),
+    "hessian": lambda net, x: torch.func.hessian(lambda x: net(x).sum())(x),
+    "jacobian": lambda net, x: torch.autograd.functional.jacobian(net, x),
+    "forward mode": lambda net, x: _forward_mode(net, x),
+}
+
+
+def _forward_mode(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, x * 2))).tangent
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_the_wrapper_are_those_of_the_module(name: str) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    assert_close(TRANSFORMS[name](wrapped, batch(4)), TRANSFORMS[name](plain, batch(4)))
+
+
+@pytest.mark.xfail(strict=True, reason="the threads of towers know nothing of the batch dimension that vmap adds")
+def test_batched_gradients_agree() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    found = []
+    for net in (plain, wrapped):
+        x = batch(4, requires_grad=True)
+        ways = torch.eye(2, dtype=torch.float64)
+        found.append(torch.autograd.grad(net(x).sum(0), x, ways, is_grads_batched=True)[0])
+    assert_close(found[1], found[0])
+
+
 def test_wrapped_is_a_data_parallel_with_its_signature() -> None:
     wrapped = TowerParallel(mlp(), ["cpu", "cpu"], "cpu", 0)
     assert isinstance(wrapped, nn.DataParallel)

@@ -7,6 +7,7 @@ import enum
 from collections import OrderedDict, namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +158,14 @@ def test_gathering_names_the_path_of_every_field() -> None:
 @pytest.mark.parametrize("value", [None, 3, 2.5, "text", True, torch.float32, torch.device("cpu"), Colour.RED, b"x"])
 def test_what_is_no_tensor_must_be_alike_in_every_tower_and_stays(value: Any) -> None:
     assert gather_structure([value, value], lambda parts, path: None) is value
+
+
+def test_arrays_and_what_is_not_a_number_are_compared_by_value() -> None:
+    array = np.arange(3)
+    assert gather_structure([array, np.arange(3)], lambda parts, path: None) is array
+    with pytest.raises(ValueError, match="tower 1's is"):
+        gather_structure([array, np.ones(3)], lambda parts, path: None)
+    gather_structure([float("nan"), float("nan")], lambda parts, path: None)
 
 
 def test_objects_without_equality_are_as_alike_as_one_can_tell() -> None:

@@ -18,7 +18,7 @@ from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
 from torchtower.shards import Shards
-from torchtower.thread_state import untraced
+from torchtower.thread_state import transforming, untraced
 from torchtower.towers import ForwardResult, Towers
 
 _BUFFER_POLICIES = ("main", "mean")
@@ -121,7 +121,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
             Exception: what a tower raised; its words name the tower and its device.
             ValueError: the towers' outputs differ in structure.
         """
-        if self.num_towers == 1 or current_tower() is not None:
+        if self._is_alone():
             return self._forward_alone(inputs, kwargs)
         run = self._forward_untraced if torch.compiler.is_compiling() else self._forward_on_towers
         return run(inputs, kwargs)
@@ -189,8 +189,8 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         Source:
             ``tower_loss`` and ``average_gradients`` of TensorFlow 1's CIFAR-10 tutorial.
         """
-        if self.num_towers == 1 or current_tower() is not None:
-            loss, _ = _loss_and_weight(loss_fn(self.module, *batch, **kwargs), 0)
+        if self._is_alone():
+            loss, _ = _loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
             self.tower_losses = [loss.detach()]
             return loss
         run = self._tower_loss_untraced if torch.compiler.is_compiling() else self._tower_loss_on_towers
@@ -256,11 +256,18 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         if self._towers is not None:
             self._towers.held.drop()
 
+    def _is_alone(self) -> bool:
+        return self.num_towers == 1 or current_tower() is not None or transforming()
+
+    def _module_here(self) -> Any:
+        # A loss function that calls the wrapper itself means its tower's replica.
+        return self.module if self._towers is None else self._towers.module_here()
+
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
         main = self.devices[0]
         if main.type != "cpu" and current_tower() is None:
             inputs, kwargs = map_tensors(lambda t: move(t, main), (inputs, kwargs))
-        return self.module(*inputs, **kwargs)
+        return self._module_here()(*inputs, **kwargs)
 
     def _running(self) -> Towers:
         if self._towers is None or self._towers.module is not self.module:

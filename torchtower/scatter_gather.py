@@ -202,7 +202,12 @@ def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
 
 def _equal(first: Any, other: Any) -> bool:
     # Objects without an __eq__ of their own are as alike as one can tell.
-    return "__eq__" not in _defined_by(type(first)) or bool(first == other)
+    if "__eq__" not in _defined_by(type(first)):
+        return True
+    equal = first == other
+    if hasattr(equal, "all"):  # an array
+        return bool(equal.all())
+    return bool(equal) or bool(first != first and other != other)  # not a number is like not a number
 
 
 def _defined_by(kind: type) -> set[str]:

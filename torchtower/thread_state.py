@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
@@ -36,6 +37,11 @@ class Autocast:
 # Decorates what a surrounding torch.compile must leave alone: the graph breaks there and nothing within is traced.
 # Unlike torch.compiler.disable it does not import the compiler.
 untraced: Any = vars(torch)["_disable_dynamo"]
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is under way: no other thread can take part."""
+    return _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 class ThreadState:

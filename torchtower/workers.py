@@ -88,6 +88,10 @@ class TowerPool:
             raise error
         return [round_.results.get(tower) for tower in range(len(jobs))]
 
+    def tower_here(self) -> int | None:
+        """The index of the tower whose thread this is, if it is one of this pool's."""
+        return next((tower for tower, thread in enumerate(self._threads) if thread.is_current()), None)
+
     def _started(self) -> list[_TowerThread]:
         if not self._threads:
             own = torch.get_num_threads()
@@ -136,10 +140,14 @@ class _TowerThread:
 
         self._inbox.put(lambda: round_.work(work, f"in tower {tower_index} on device {device}"))
 
+    def is_current(self) -> bool:
+        """Whether this very thread asks."""
+        return self._thread is threading.current_thread()
+
     def stop(self) -> None:
         """End the thread once its work is done."""
         self._inbox.put(None)
-        if self._thread is not threading.current_thread():  # the collector may run anywhere
+        if not self.is_current():  # the collector may run anywhere
             self._thread.join(timeout=_STOP_TIMEOUT_S)
 
 
