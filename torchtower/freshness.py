@@ -1,8 +1,8 @@
 """Whether replicas on other devices may have fallen behind the user's parameters.
 
 No counter of a tensor tells: fused optimizers and writes through ``p.data`` move neither version nor pointer. What does
-tell is that something happened after which trainable parameters may have changed: a backward of ours or any
-optimizer's step.
+tell is that something happened after which trainable parameters may have changed: a backward of ours, any optimizer's
+step, or a change between training and evaluation, around which programs swap averaged weights in and out.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ class Freshness:
     """
 
     def __init__(self, matters: bool) -> None:
-        self._seen_step = -1
-        self._backward = False
+        self._backwards = 0
+        self._seen: tuple[int, int, bool] | None = None
         if matters:
             _watch_optimizers()
 
     def on_backward(self) -> None:
         """Gradients have been made; whoever reads them may change the parameters."""
-        self._backward = True
+        self._backwards += 1
 
-    def stale(self) -> bool:
-        """Whether trainable parameters may have changed since this was last asked."""
-        stale = self._backward or self._seen_step != _last_step
-        self._backward, self._seen_step = False, _last_step
-        return stale
+    def stale(self, training: bool) -> bool:
+        """Whether trainable parameters may have changed since this was last asked.
+
+        Args:
+            training: whether the module is in training mode.
+        """
+        now = (self._backwards, _last_step, training)
+        before, self._seen = self._seen, now
+        return now != before

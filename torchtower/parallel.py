@@ -277,6 +277,24 @@ class TowerParallel(nn.DataParallel[nn.Module]):
             self._closer = weakref.finalize(self, self._towers.pool.close)
         return self._towers
 
+    def refresh(self) -> None:
+        """Let the next call bring the replicas on other devices up to date, whatever changed the parameters.
+
+        Needed only where nothing tells of the change: a write through ``p.data`` or from numpy to a frozen parameter,
+        or to a trainable one when neither a backward, nor an optimizer's step, nor a change between training and
+        evaluation lies between two calls.
+
+        Example:
+            >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
+            >>> model.module.weight.data.zero_()
+            tensor([[0., 0., 0.],
+                    [0., 0., 0.]])
+            >>> model.refresh()
+        """
+        with self._lock:
+            if self._towers is not None:
+                self._towers.refresh()
+
     def close(self) -> None:
         """End the towers' threads and drop the replicas; the next call starts anew."""
         if self._closer is not None:

@@ -56,6 +56,11 @@ class RemoteStorage:
         for bucket in self._buckets:
             bucket.refresh(stale)
 
+    def forget(self) -> None:
+        """Let the next `refresh` copy everything."""
+        for bucket in self._buckets:
+            bucket.forget()
+
 
 class Bucket:
     """Parameters of one dtype and one ``requires_grad`` that travel together."""
@@ -73,6 +78,10 @@ class Bucket:
         self._versions = versions
         with torch.no_grad():
             self._flat.data.copy_(flatten(self._parameters), non_blocking=True)
+
+    def forget(self) -> None:
+        """Let the next `refresh` copy these parameters."""
+        self._versions = []
 
 
 def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

@@ -143,6 +143,11 @@ class Replica:
         if self._remote is not None:
             self._remote.refresh(stale)
 
+    def forget_parameters(self) -> None:
+        """Whatever the parameters look like, the next refresh is to copy them."""
+        if self._remote is not None:
+            self._remote.forget()
+
     def refresh_buffers(self) -> None:
         """Copy the original's buffers into this replica's."""
         if not self._is_main and self.buffers:

@@ -103,7 +103,7 @@ class Towers:
             for replica in self._replicas:
                 replica.follow(changes)
         self._written = []
-        stale = self._freshness.stale()
+        stale = self._freshness.stale(self.module.training)
         for replica in self._replicas:
             replica.refresh_parameters(stale)
             replica.refresh_buffers()
@@ -114,6 +114,11 @@ class Towers:
         self._ports = [Port("shared", parameter.device) for parameter in parameters]
         on_one_device = all(device == self.pool.devices[0] for device in self.pool.devices)
         self._buckets = [] if on_one_device else cut_buckets(parameters)
+
+    def refresh(self) -> None:
+        """Let every replica on another device fetch all parameters at its next forward."""
+        for replica in self._replicas:
+            replica.forget_parameters()
 
     def _check_device(self) -> None:
         main = self.pool.devices[0]

@@ -187,6 +187,40 @@ def test_a_parameter_frozen_after_a_step_was_brought_up_to_date(simulated: types
     assert_same_values(wrapped(rows(8)), plain(rows(8)))
 
 
+def swap(module: nn.Module, values: list[Tensor]) -> list[Tensor]:
+    """Write through ``data``, which moves no counter; returns what was there."""
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    for parameter, value in zip(module.parameters(), values, strict=True):
+        parameter.data.copy_(value)
+    return before
+
+
+def test_averaged_weights_swapped_in_for_an_evaluation_and_out_again_are_seen() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    wrapped(rows(8)).sum().backward()
+    by_optimizer(torch.optim.SGD)(wrapped)
+    trained = [parameter.detach().clone() for parameter in wrapped.parameters()]
+    for mode, values in ((False, [value * 0.5 for value in trained]), (True, trained)):
+        swap(wrapped, values)
+        swap(plain, values)
+        wrapped.train(mode)
+        assert_same_values(wrapped(rows(8)), plain(rows(8)))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_refresh_makes_any_write_seen(trainable: bool, simulated: types.ModuleType) -> None:
+    net = mlp()
+    net.requires_grad_(trainable)
+    plain, wrapped = twins(net, [0, 1])
+    wrapped.refresh()  # before the first call there is nothing to do
+    wrapped(rows(8))
+    for model in (plain, wrapped.module):
+        swap(model, [parameter.detach() * 0.5 for parameter in model.parameters()])
+    wrapped.refresh()
+    assert_same_values(wrapped(rows(8)), plain(rows(8)))
+    assert parameters_sent(simulated, wrapped)[0] == 0
+
+
 def test_changed_weights_between_forward_and_backward_are_refused() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(device(0))
     wrapped = TowerParallel(net, device_ids=[0, 1])
