@@ -29,7 +29,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
-from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
+from torchtower import TowerParallel, convert_sync_batchnorm, current_tower, tower_sum
 
 
 def steps_follow(plain: nn.Module, wrapped: nn.Module, make: Callable[[int], Tensor], steps: int = 3) -> None:
@@ -178,6 +178,64 @@ def test_synchronised_batch_norm_differentiates_twice(style: str) -> None:
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         gradient.square().sum().backward()
     assert_same_gradients(wrapped, plain, 1e-9)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_synchronised_batch_norm_works_where_towers_take_turns(at_once: int) -> None:
+    plain = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4)).double()
+    wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), 4, max_concurrency=at_once)
+    for net in (plain, wrapped):
+        net(batch(9)).sin().sum().backward()
+    assert_same_gradients(wrapped, plain, 1e-11)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_tower_that_fails_before_the_others_meet_it_leaves_nobody_waiting(at_once: int, error: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fails = convert_sync_batchnorm(nn.BatchNorm1d(3)).double(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails and current_tower() == 1:
+                raise error("told to fail")
+            return self.norm(x)
+
+    wrapped = wrap(Net(), 3, max_concurrency=at_once)
+    with pytest.raises(error, match="told to fail"):
+        wrapped(batch(6))
+    wrapped.module.fails = False
+    assert wrapped(batch(6)).mean(0).abs().max() < 1e-12
+
+
+def test_towers_that_meet_unequally_often_are_told() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if current_tower() == 1 else x + tower_sum(x.sum())
+
+    with pytest.raises(RuntimeError, match="expected every tower to come"):
+        wrap(Net(), 3)(batch(6))
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+def test_a_sum_over_towers_is_that_of_the_whole_batch_with_its_gradients(style: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.fc(x)
+            return out / tower_sum(out.exp().sum(0))
+
+    plain, wrapped = twins(Net(), 3)
+    plain(batch(7)).square().mean().backward()
+    if style == "drop-in":
+        wrapped(batch(7)).square().mean().backward()
+    else:
+        wrapped.tower_loss(lambda net, x: net(x).square().mean(), batch(7)).backward()
+    assert_same_gradients(wrapped, plain)
 
 
 def test_conversion_keeps_parameters_statistics_and_state_dict() -> None:
@@ -625,6 +683,25 @@ def test_what_other_towers_leave_behind_is_forgotten() -> None:
     for _ in range(2):
         wrapped(batch(4))
     assert not hasattr(wrapped.module, "mine")
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_that_is_assigned_and_then_written_to_follows_the_plain_module(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state.mul_(3)
+            self.state = self.state + 1
+            self.state.mul_(2)
+            return x * self.state
+
+    plain, wrapped = twins(Net(), num_towers)
+    for step in range(4):
+        assert_close(wrapped(batch(9, seed=step)), plain(batch(9, seed=step)))
+    assert wrapped.module.state == plain.state
 
 
 def test_an_attribute_that_forward_deletes_is_gone_and_a_new_buffer_stays() -> None:
