@@ -486,6 +486,7 @@ def test_a_gathered_output_may_be_written_to() -> None:
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_a_module_with_zero_output_features_works() -> None:
     assert_trains_alike(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0)), 2, batch(6))
 
@@ -1044,6 +1045,7 @@ def _forward_mode(net: nn.Module, x: Tensor) -> Tensor:
         return torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, x * 2))).tangent
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_the_wrapper_are_those_of_the_module(name: str) -> None:
     plain, wrapped = twins(mlp(), 2)

@@ -844,6 +844,7 @@ def test_losses_collected_in_a_list_train_through_the_main_tower() -> None:
 # ---- hooks
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_hooks_of_submodules_run_in_every_tower_with_that_towers_modules() -> None:
     seen: list[tuple[str, int | None, bool]] = []
     net = mlp()
@@ -1204,6 +1205,16 @@ def test_scripted_modules_work(make: Any, nested: bool) -> None:
         grads = [p.grad for p in wrapped.parameters()]
         for got, p in zip(grads, plain.parameters(), strict=True):
             assert_close(got, p.grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_scripted_module_is_refused_by_name_and_works_in_one_tower(nested: bool) -> None:
+    scripted = torch.jit.trace(mlp(), batch(4))
+    net = nn.Sequential(scripted) if nested else scripted
+    with pytest.raises(TypeError, match="Sequential is a TorchScript module"):
+        wrap(net, 2)(batch(4))
+    assert wrap(net, 1)(batch(4)).shape == (4, 2)
 
 
 # ---- checkpointing

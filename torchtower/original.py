@@ -10,6 +10,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -147,6 +148,11 @@ class Original:
 
 def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
     """The modules and tensors that a module's attributes hold, and the small containers they stand in."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            "TowerParallel: expected modules written in Python, of which it can make replicas, but "
+            f"{module.original_name} is a TorchScript module; wrap the module that it was made from"
+        )
     if is_lazy_module(module):
         raise ValueError(
             f"TowerParallel: expected every parameter to have a shape, but {type(module).__name__} is lazy; "
