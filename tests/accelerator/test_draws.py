@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, twins
-from torchtower import TowerParallel
+from torchtower import TowerParallel, current_tower
 
 dropouts = pytest.mark.parametrize(
     "drop",
@@ -67,6 +67,12 @@ def test_masks_depend_on_the_tower_and_not_on_how_towers_lie() -> None:
         torch.manual_seed(7)
         outs.append(TowerParallel(Drop(F.dropout), device_ids=devices)(torch.ones(3, 64)).cpu())
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_forwards_draw_anew_even_where_only_other_towers_draw() -> None:
+    wrapped = TowerParallel(Drop(lambda x: F.dropout(x) if current_tower() else x), device_ids=[0, 1])
+    x = torch.ones(2, 64)
+    assert not torch.equal(wrapped(x), wrapped(x))
 
 
 def test_a_forward_that_draws_nothing_consumes_nothing() -> None:
