@@ -34,7 +34,7 @@ Step = Callable[[], Tensor]
 def cifar10() -> tuple[nn.Module, Tensor, Tensor]:
     from torchtower.training.models import build_model
 
-    net = build_model("cifar10").to(memory_format=torch.channels_last)
+    net = build_model("cifar10", channels=3, size=24, num_classes=10, dropout=0.0).to(memory_format=torch.channels_last)
     images = torch.randn(128, 3, 24, 24).contiguous(memory_format=torch.channels_last)
     return net, images, torch.randint(0, 10, (128,))
 
