@@ -5,9 +5,11 @@ A thread holds nothing of a job once it is done, so that the user's tensors die 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -39,6 +41,7 @@ class TowerPool:
         self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
         self._threads: list[_TowerThread] = []
         self._intra_op_threads = 0
+        self._last_round_s = 0.0
         self._lock = threading.Lock()
         _pools.add(self)
 
@@ -79,8 +82,12 @@ class TowerPool:
                 for tower, job in enumerate(jobs)
                 if job is not None
             ]
+            if self._last_round_s > _LONG_ROUND_S:
+                _send_team_home()
+            began_s = time.perf_counter()
             round_ = Round(starts, weights)
             interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            self._last_round_s = time.perf_counter() - began_s
             seeds.move_on()
         if state.autocast:
             torch.clear_autocast_cache()  # what the towers left in it, see thread_state
@@ -167,6 +174,30 @@ def _work(
     while (work := inbox.get()) is not None:
         work()
         del work
+
+
+def _openmp_pause() -> Callable[[int], int] | None:
+    # torch loads its OpenMP library into the global scope; where it has none, or an old one, there is nothing to do.
+    try:
+        pause: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    except (OSError, TypeError):  # Windows knows no global scope
+        pause = None
+    return pause
+
+
+_pause = _openmp_pause()
+_PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
+# An idle team of GNU OpenMP spins for some 5 ms; making one anew may take as long. Measured with benchmarks/step.py: it
+# pays where towers work for longer than that (4 x 1024 MLP, CIFAR-10 network), and hurts tiny networks.
+_LONG_ROUND_S = 0.003
+
+
+def _send_team_home() -> None:
+    """End this thread's OpenMP team, which would spin on a core that a tower wants; the next parallel region makes it
+    anew.
+    """
+    if _pause is not None:
+        _pause(_PAUSE_SOFT)
 
 
 def _available_cores() -> int:
