@@ -193,9 +193,7 @@ _LONG_ROUND_S = 0.003
 
 
 def _send_team_home() -> None:
-    """End this thread's OpenMP team, which would spin on a core that a tower wants; the next parallel region makes it
-    anew.
-    """
+    """End this thread's OpenMP team, which would spin on a core that a tower wants; the next region makes it anew."""
     if _pause is not None:
         _pause(_PAUSE_SOFT)
 
