@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+import torchtower
 from torchtower.checkpoint import load_checkpoint
 from torchtower.cli import main
 from torchtower.training.metrics import read_metrics
@@ -155,3 +156,10 @@ def test_help_lists_every_option(capsys):
     names = "dataset data model towers devices batch-size epochs steps lr seed dropout run-dir no-augment resume"
     for name in names.split():
         assert f"--{name} " in out or f"--{name}\n" in out or f"--{name}]" in out
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"torchtower {torchtower.__version__}\n"

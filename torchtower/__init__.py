@@ -6,6 +6,7 @@ from torchtower.batch_norm import convert_sync_batchnorm, tower_sum
 from torchtower.parallel import TowerParallel
 from torchtower.rounds import current_tower
 
+__version__ = str(build_info()["version"])
 __all__ = [
     "TowerParallel",
     "average_gradients",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torchtower
 from torchtower.checkpoint import CheckpointError
 
 BAD_INPUT = 2
@@ -71,6 +72,7 @@ def _train(said: dict[str, object]) -> int:
 
 def _parser() -> _Parser:
     parser = _Parser("torchtower", description="Train one network on every device of a machine.")
+    parser.add_argument("--version", action="version", version=f"torchtower {torchtower.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     # Only what is said gets into the namespace: a resumed run takes all else from its checkpoint.
     train = commands.add_parser(

@@ -68,9 +68,9 @@ def _parse(entry: DeviceId, accelerator: torch.device | None, function: str) -> 
     else:
         try:
             device = torch.device(entry)
-        except RuntimeError as error:
+        except RuntimeError:
             raise ValueError(
-                f"{function}: expected device_ids to name devices, but got {entry!r}: {str(error).splitlines()[0]}"
+                f"{function}: expected device_ids to name devices, such as 'cpu' or 'cuda:0', but got {entry!r}"
             ) from None
     return _existing(device, entry, accelerator, function)
 
@@ -89,12 +89,10 @@ def _existing(
         if index < count:
             return torch.device(device.type, index)
     known = ["cpu"] + [f"{accelerator}:{index}" for index in range(count)]
-    raise ValueError(f"{function}: expected device_ids among {known}, but got {entry!r}, which does not exist here")
-
-
-def one_device_type(devices: Sequence[torch.device]) -> str:
-    """The type that all towers' devices share."""
-    return devices[0].type
+    here = "" if accelerator is not None else "; torch finds no accelerator on this machine"
+    raise ValueError(
+        f"{function}: expected device_ids among {known}, but got {entry!r}, which does not exist here{here}"
+    )
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

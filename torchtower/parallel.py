@@ -161,8 +161,8 @@ class TowerParallel(nn.DataParallel[nn.Module]):
 
         Args:
             loss_fn: called as ``loss_fn(replica, *shard, **shard_kwargs)`` in every tower's thread, with that tower's
-                replica of ``module``. Returns the tower's loss, a tensor of one element, or ``(loss, weight)`` where
-                rows are not the right weight (tokens, say).
+                replica of ``module``, which it must use in place of ``module`` and its parameters. Returns the tower's
+                loss, a tensor of one element, or ``(loss, weight)`` where rows are not the right weight (tokens, say).
             *batch: split as `forward` splits its inputs.
             **kwargs: likewise.
 
