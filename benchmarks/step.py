@@ -141,12 +141,14 @@ def run_process(rival: str, model: str, seconds: float) -> dict[str, float]:
     if rival == "ddp":
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={TOWERS}"]
     command = [*launcher, __file__, "--measure", rival, "--models", model, "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        sys.exit(f"step.py: {rival} on {model} failed:\n{done.stderr[-3000:]}")
-    figures: dict[str, float] = json.loads(lines[0])
-    return figures
+    for attempt in range(1, 4):  # a rank that aborts while it ends takes the other one with it, now and then
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if lines:
+            figures: dict[str, float] = json.loads(lines[0])
+            return figures
+        print(f"{rival} on {model}: attempt {attempt} ended with {done.returncode} and no figures", file=sys.stderr)
+    sys.exit(f"step.py: {rival} on {model} failed:\n{done.stderr[-3000:]}")
 
 
 def report(model: str, rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
