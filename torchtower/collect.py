@@ -21,12 +21,10 @@ from torch import Tensor
 
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.devices import move
-from torchtower.flat import flatten, unflatten
-
-_BUCKET_BYTES = 25 * 2**20
+from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
 
 
-def cut_buckets(parameters: Sequence[Tensor], bucket_bytes: int = _BUCKET_BYTES) -> list[list[int]]:
+def cut_buckets(parameters: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
     """Indices of the parameters that need gradients, last first, cut where a bucket is full or the dtype changes."""
     buckets: list[list[int]] = []
     size = 0
@@ -38,7 +36,7 @@ def cut_buckets(parameters: Sequence[Tensor], bucket_bytes: int = _BUCKET_BYTES)
             buckets.append([])
             size = 0
         buckets[-1].append(index)
-        size += parameter.numel() * parameter.element_size()
+        size += num_bytes(parameter)
     return buckets
 
 

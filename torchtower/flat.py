@@ -7,6 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# What travels in one copy where there is more: as large as pays, small enough to overlap with work and to bound memory.
+BUCKET_BYTES = 25 * 2**20
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """How much memory a tensor's elements take."""
+    return tensor.numel() * tensor.element_size()
+
 
 def dense_strides(like: Tensor) -> tuple[int, ...]:
     """The strides of a tensor laid out like ``like``, without gaps."""

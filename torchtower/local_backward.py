@@ -11,14 +11,36 @@ from torchtower.averaging import Grad
 from torchtower.collect import Sender
 
 
-class LocalBackward:
-    """A first-order backward, into the tower's leaves.
+class _Local:
+    """What a backward of either kind starts from.
 
     Args:
-        outputs: of the tower's forward.
+        outputs: of the tower's graph.
         grads: of these outputs; None where none is given.
         leaves: of the tower's graph.
         requires_grad: of the leaves, when the forward ran.
+    """
+
+    def __init__(
+        self,
+        outputs: list[Grad],
+        grads: list[Grad],
+        leaves: list[Grad],
+        requires_grad: list[bool],
+    ) -> None:
+        self._pairs = _roots(outputs, grads)
+        self._leaves = leaves
+        self._requires_grad = requires_grad
+
+
+class LocalBackward(_Local):
+    """A first-order backward, into the tower's leaves.
+
+    Args:
+        outputs: as of `_Local`, and so are ``grads``, ``leaves`` and ``requires_grad``.
+        grads: see ``outputs``.
+        leaves: see ``outputs``.
+        requires_grad: see ``outputs``.
         keep_graph: whether the graph may be walked again.
         sender: what hears of the gradients as they appear, where they must travel.
     """
@@ -32,11 +54,9 @@ class LocalBackward:
         keep_graph: bool,
         sender: Sender | None,
     ) -> None:
-        self._sender = sender
-        self._pairs = _roots(outputs, grads)
-        self._leaves = leaves
-        self._requires_grad = requires_grad
+        super().__init__(outputs, grads, leaves, requires_grad)
         self._keep_graph = keep_graph
+        self._sender = sender
 
     def __call__(self) -> list[Grad]:
         """Go backward; return each leaf's gradient, and leave none in the leaves."""
@@ -61,26 +81,8 @@ class LocalBackward:
                 _set_requires_grad(leaves, then, now)
 
 
-class LocalGrad:
-    """A backward that is a graph itself, for derivatives of higher order.
-
-    Args:
-        outputs: of the tower's graph.
-        grads: of these outputs; None where none is given.
-        leaves: of the tower's graph.
-        requires_grad: of the leaves, when the forward ran.
-    """
-
-    def __init__(
-        self,
-        outputs: list[Grad],
-        grads: list[Grad],
-        leaves: list[Grad],
-        requires_grad: list[bool],
-    ) -> None:
-        self._pairs = _roots(outputs, grads)
-        self._leaves = leaves
-        self._requires_grad = requires_grad
+class LocalGrad(_Local):
+    """A backward that is a graph itself, for derivatives of higher order."""
 
     def __call__(self) -> list[Grad]:
         """Go backward; return each leaf's gradient with its graph."""

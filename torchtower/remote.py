@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from torchtower.devices import move
-from torchtower.flat import flatten, unflatten
+from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
 
-_BUCKET_BYTES = 25 * 2**20
 # What is larger is worth a copy of its own, and not worth a second copy on either side.
 _SMALL_BYTES = 2**20
 
@@ -88,7 +87,7 @@ def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Copy tensors to their like on one other device, or on the same; small ones of a dtype travel in one go."""
     groups: dict[torch.dtype, list[int]] = {}
     for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        small = source.numel() * source.element_size() <= _SMALL_BYTES
+        small = num_bytes(source) <= _SMALL_BYTES
         if small and source.device != target.device and source.layout is torch.strided:
             groups.setdefault(source.dtype, []).append(index)
     arrived = list(sources)
@@ -102,11 +101,13 @@ def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
     open_: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    sizes: dict[tuple[torch.dtype, bool], int] = {}
     full: list[list[Tensor]] = []
     for parameter in parameters:
         key = (parameter.dtype, parameter.requires_grad)
-        bucket = open_.setdefault(key, [])
-        bucket.append(parameter)
-        if sum(p.numel() * p.element_size() for p in bucket) >= _BUCKET_BYTES:
+        open_.setdefault(key, []).append(parameter)
+        sizes[key] = sizes.get(key, 0) + num_bytes(parameter)
+        if sizes[key] >= BUCKET_BYTES:
             full.append(open_.pop(key))
+            sizes[key] = 0
     return full + list(open_.values())
