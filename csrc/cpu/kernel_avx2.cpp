@@ -16,12 +16,6 @@ TORCHTOWER_INLINE U16 float_to_half(F32 value) {
   return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// The square of a float32 is exact in float64, so a fused sum rounds as a plain one.
-TORCHTOWER_INLINE F64 add_exact_squares(F64 sum, F32x4 values) {
-  const __m256d wide = _mm256_cvtps_pd((__m128)values);
-  return (F64)_mm256_fmadd_pd(wide, wide, (__m256d)sum);
-}
-
 TORCHTOWER_INLINE void stream(void* to, F32 value) {
   _mm256_stream_ps(static_cast<float*>(to), (__m256)value);
 }
@@ -45,6 +39,7 @@ TORCHTOWER_INLINE void end_stream() { _mm_sfence(); }
 #include "formats.h"
 #include "squares.h"
 #include "kernel_body.h"
+#include "statistics_body.h"
 // clang-format on
 
 }  // namespace

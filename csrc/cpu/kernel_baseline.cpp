@@ -36,12 +36,6 @@ __attribute__((noinline)) U16 float_to_half(F32 value) {
   return __builtin_convertvector(result | (sign >> 16), U16);
 }
 
-// The square of a float32 is exact in float64: a set with a fused operation may use it.
-TORCHTOWER_INLINE F64 add_exact_squares(F64 sum, F32x4 values) {
-  const F64 wide = __builtin_convertvector(values, F64);
-  return sum + wide * wide;
-}
-
 // No way past the cache is taken here: these kernels run on machines of before 2013.
 template <class Vector>
 TORCHTOWER_INLINE void stream(void* to, Vector value) {
@@ -54,6 +48,7 @@ TORCHTOWER_INLINE void end_stream() {}
 #include "formats.h"
 #include "squares.h"
 #include "kernel_body.h"
+#include "statistics_body.h"
 // clang-format on
 
 }  // namespace

@@ -1,11 +1,11 @@
 // The CPU kernel's body, once for every instruction set. kernel_<set>.cpp defines the few things
-// that differ and includes this file, both within its own unnamed namespace.
+// that differ and includes this file, both within its own unnamed namespace. Its sibling with
+// statistics is in statistics_body.h.
 //
 // Mapping: one call works through one piece of one parameter; each step takes 64 bytes (a cache
 //   line) of every tower, adds them in registers and stores the result once. 1 to 8 towers are
 //   unrolled; beyond, a loop over them runs inside the step.
-// Bytes: (T + 1) * n, nothing twice. With statistics the piece is worked through in blocks that fit
-//   the first-level cache: read for the squares, then again, from there, for the mean.
+// Bytes: (T + 1) * n, nothing twice.
 // Alignment: none is asked for. Streaming stores, the one exception, are left out where `out` is
 //   not aligned.
 // Tails: the last elements go through a zero-padded vector, by the same operations.
@@ -13,8 +13,7 @@
 //   each product and each sum is rounded by itself (-ffp-contract=off), then one division (or the
 //   product with an exact reciprocal: the same bits), then one rounding to out's dtype, to nearest
 //   even. Every set runs these very operations, so the bits are the same everywhere; only which NaN
-//   a NaN is may differ. Squares are summed in float64 (those of float32 are exact there and
-//   neither overflow nor vanish), in lanes of a fixed number and order.
+//   a NaN is may differ.
 //
 // Nothing here may call or instantiate an inline function of another header: the linker could keep
 // the copy compiled for a wider set for everybody.
@@ -74,21 +73,15 @@ TORCHTOWER_INLINE void sum_towers(int64_t count, const Weights& weights, const L
   }
 }
 
-template <class In, class Out, int kTowers, bool kWeighted, bool kSquares>
-double mean_of(const Parameter& parameter, int64_t begin, int64_t end, const Towers& towers,
-               bool stream_out) {
+template <class In, class Out, int kTowers, bool kWeighted>
+void mean_of(const Parameter& parameter, int64_t begin, int64_t end, const Towers& towers,
+             bool stream_out) {
   using Vector = typename In::Vector;
   constexpr int kVectors = kStep<In> / kLanes<In>;
   auto* const out = static_cast<typename Out::Real*>(parameter.out);
   const PerTower<kTowers, const void*> grads(parameter.grads);
   const PerTower<kTowers, double> weights(towers.weights);
   const Division<Vector> divided(towers);
-  Squares squares;
-  const auto finish = [&](Vector sum, int v) {
-    const Vector mean = divided(sum);
-    if constexpr (kSquares) squares.add(mean, v);
-    return mean;
-  };
   int64_t i = begin;
   for (; i + kStep<In> <= end; i += kStep<In>) {
     Vector total[kVectors];
@@ -101,7 +94,7 @@ double mean_of(const Parameter& parameter, int64_t begin, int64_t end, const Tow
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       auto* const to = out + i + v * kLanes<In>;
-      const Vector mean = finish(total[v], v);
+      const Vector mean = divided(total[v]);
       if (stream_out) {
         stream(to, Out::narrow(mean));
       } else {
@@ -118,18 +111,17 @@ double mean_of(const Parameter& parameter, int64_t begin, int64_t end, const Tow
           return load_tail<In>(static_cast<const typename In::Real*>(grads[t]) + i, n);
         },
         total);
-    store_tail<Out>(out + i, finish(total[0], 0), n);
+    store_tail<Out>(out + i, divided(total[0]), n);
   }
-  return squares.sum();
 }
 
 template <class In, class Out, bool kWeighted>
 void mean_by_count(const Parameter& parameter, int64_t begin, int64_t end, const Towers& towers,
                    bool stream_out) {
   switch (towers.count) {
-#define TORCHTOWER_UNROLLED(count)                                                        \
-  case count:                                                                             \
-    mean_of<In, Out, count, kWeighted, false>(parameter, begin, end, towers, stream_out); \
+#define TORCHTOWER_UNROLLED(count)                                                 \
+  case count:                                                                      \
+    mean_of<In, Out, count, kWeighted>(parameter, begin, end, towers, stream_out); \
     return;
     TORCHTOWER_UNROLLED(1)
     TORCHTOWER_UNROLLED(2)
@@ -141,30 +133,7 @@ void mean_by_count(const Parameter& parameter, int64_t begin, int64_t end, const
     TORCHTOWER_UNROLLED(8)
 #undef TORCHTOWER_UNROLLED
     default:
-      mean_of<In, Out, 0, kWeighted, false>(parameter, begin, end, towers, stream_out);
-  }
-}
-
-// Bytes of each tower that are read twice, the second time from the first-level cache: larger
-// blocks of 8 towers measurably fall out of 32 KiB, smaller ones pay more calls.
-constexpr int64_t kBlockBytes = 1024;
-
-template <class In, class Out, bool kWeighted>
-void mean_with_statistics_of(const Parameter& parameter, int64_t begin, int64_t end,
-                             const Towers& towers, const PieceStatistics& statistics) {
-  constexpr int64_t kBlock = kBlockBytes / sizeof(typename In::Real);
-  for (; begin < end; begin += kBlock) {
-    const int64_t block_end = end - begin < kBlock ? end : begin + kBlock;
-    for (int64_t t = 0; t < towers.count; ++t) {
-      const auto* const grad = static_cast<const typename In::Real*>(parameter.grads[t]);
-      const double squares = sum_of_squares<In>(grad, begin, block_end);
-      statistics.sum_of_squares[t] += squares;
-      // Before the mean, which may overwrite this very gradient.
-      const bool is_finite = squares - squares == 0;
-      if (!is_finite) statistics.non_finite[t] += count_non_finite<In>(grad, begin, block_end);
-    }
-    *statistics.out_sum_of_squares +=
-        mean_of<In, Out, 0, kWeighted, true>(parameter, begin, block_end, towers, false);
+      mean_of<In, Out, 0, kWeighted>(parameter, begin, end, towers, stream_out);
   }
 }
 
@@ -198,18 +167,5 @@ void mean(const Parameter& parameter, int64_t begin, int64_t end, const Towers& 
       mean_by_count<In, Out, false>(parameter, begin, end, towers, streams);
     }
     if (streams) end_stream();
-  });
-}
-
-void mean_with_statistics(const Parameter& parameter, int64_t begin, int64_t end,
-                          const Towers& towers, const PieceStatistics& statistics) {
-  with_formats(parameter, [&](auto in, auto out) {
-    using In = decltype(in);
-    using Out = decltype(out);
-    if (towers.rule == Rule::kWeighted) {
-      mean_with_statistics_of<In, Out, true>(parameter, begin, end, towers, statistics);
-    } else {
-      mean_with_statistics_of<In, Out, false>(parameter, begin, end, towers, statistics);
-    }
   });
 }

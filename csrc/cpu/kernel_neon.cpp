@@ -24,18 +24,6 @@ TORCHTOWER_INLINE U16 float_to_half(F32 value) {
   return (U16)vcvt_high_f16_f32(vcvt_f16_f32(parts[0]), parts[1]);
 }
 
-// The square of a float32 is exact in float64, so a fused sum rounds as a plain one.
-TORCHTOWER_INLINE F64 add_exact_squares(F64 sum, F32x4 values) {
-  const float32x4_t narrow = (float32x4_t)values;
-  const float64x2_t wide[2] = {vcvt_f64_f32(vget_low_f32(narrow)), vcvt_high_f64_f32(narrow)};
-  float64x2_t sums[2];
-  __builtin_memcpy(sums, &sum, sizeof(sum));
-  sums[0] = vfmaq_f64(sums[0], wide[0], wide[0]);
-  sums[1] = vfmaq_f64(sums[1], wide[1], wide[1]);
-  __builtin_memcpy(&sum, sums, sizeof(sum));
-  return sum;
-}
-
 // AArch64 writes whole lines without reading them first as it is.
 template <class Vector>
 TORCHTOWER_INLINE void stream(void* to, Vector value) {
@@ -48,6 +36,7 @@ TORCHTOWER_INLINE void end_stream() {}
 #include "formats.h"
 #include "squares.h"
 #include "kernel_body.h"
+#include "statistics_body.h"
 // clang-format on
 
 }  // namespace

@@ -2,6 +2,7 @@
 // registers where there is nothing of 32 bytes). Included within an unnamed namespace.
 
 #define TORCHTOWER_INLINE inline __attribute__((always_inline))
+#define TORCHTOWER_INLINE_LAMBDA __attribute__((always_inline))
 
 typedef float F32 __attribute__((vector_size(32)));
 typedef float F32x4 __attribute__((vector_size(16)));
