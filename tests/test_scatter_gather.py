@@ -18,7 +18,7 @@ from torchtower.scatter_gather import even_sizes, gather_structure, map_tensors,
 
 
 def cut(batch: Any, num_towers: int, dim: int = 0) -> list[Any]:
-    splits = plan_splits(batch, num_towers, dim)
+    splits = plan_splits(tensors_in(batch), num_towers, dim)
 
     def part_for(tower: int) -> Any:
         def part_of(tensor: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def test_a_batch_without_rows_to_split_goes_to_the_main_tower_alone(batch: Any) 
 def test_tensors_of_different_lengths_are_each_split_evenly_over_as_many_towers_as_the_shortest_serves() -> None:
     parts = cut((rows(9), rows(3)), 4)
     assert [(len(a), len(b)) for a, b in parts] == [(3, 1), (3, 1), (3, 1)]
-    assert plan_splits((rows(9), rows(3)), 4, 0).rows == [3, 3, 3]
+    assert plan_splits([rows(9), rows(3)], 4, 0).rows == [3, 3, 3]
 
 
 def test_a_tensor_of_one_row_or_none_is_for_everybody() -> None:

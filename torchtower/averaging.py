@@ -154,7 +154,7 @@ def _are_plain(columns: Sequence[Sequence[Grad]]) -> bool:
     grads: list[Any] = list(chain.from_iterable(columns))
     return (
         {Tensor, nn.Parameter}.issuperset(map(type, grads))
-        and all(grad.layout is torch.strided for grad in grads)
+        and {grad.layout for grad in grads} <= {torch.strided}
         and len({grad.device for grad in grads}) <= 1
     )
 

@@ -107,6 +107,8 @@ def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]
 
 
 def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:
+    if before == after:  # nearly always
+        return
     for leaf, old, new in zip(leaves, before, after, strict=True):
         if old is not new:
             leaf.requires_grad_(new)

@@ -60,25 +60,28 @@ def join(
         further: more summands of the first ports, all shared, with the weight 1.
     """
     results: list[Grad] = [None] * len(ports)
+    columns = list(zip(*local_values, strict=True))
+    shared: list[int] = []
     with torch.no_grad():
-        shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
-        columns = [[tower[index] for tower in local_values] for index in shared]
+        for index, (port, column) in enumerate(zip(ports, columns, strict=True)):
+            if port.kind == "shared":
+                shared.append(index)
+            elif port.kind == "rows":
+                results[index] = _join_rows(port, column, weights)
+            elif (value := column[0]) is not None:
+                results[index] = value.detach()
+        summands: list[Sequence[Grad]] = [columns[index] for index in shared]
         if further:
             nothing: list[Grad] = [None] * len(further)
-            columns = [[*a, *b] for a, b in zip_longest(columns, zip(*further, strict=True), fillvalue=nothing)]
-        sums = weighted_sum(columns, [*weights, *[1.0] * len(further)], in_place=in_place)
+            summands = [[*a, *b] for a, b in zip_longest(summands, zip(*further, strict=True), fillvalue=nothing)]
+        sums = weighted_sum(summands, [*weights, *[1.0] * len(further)], in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
-            apart = total is not None and total.device != ports[index].device
-            results[index] = move(total, ports[index].device) if apart and total is not None else total
-        for index, port in enumerate(ports):
-            if port.kind == "rows":
-                results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
-            elif port.kind == "solo" and (value := local_values[0][index]) is not None:
-                results[index] = value.detach()
+            device = ports[index].device
+            results[index] = total if total is None or total.device == device else move(total, device)
     return results
 
 
-def _join_rows(port: Port, parts: list[Grad], weights: list[float]) -> Grad:
+def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:
     like = next((part for part in parts if part is not None), None)
     if like is None:
         return None

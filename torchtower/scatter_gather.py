@@ -40,6 +40,10 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 def _children(value: Any) -> list[Any] | None:
     """The values in a container; None for whatever is no container."""
+    if type(value) in (tuple, list):  # of most batches nothing else is asked
+        return list(value)
+    if type(value) is dict:
+        return list(value.values())
     if isinstance(value, PackedSequence):
         raise ValueError(
             "TowerParallel: expected tensors that can be split by rows, but got a PackedSequence; "
@@ -55,6 +59,8 @@ def _children(value: Any) -> list[Any] | None:
 
 
 def _rebuild(value: Any, children: list[Any]) -> Any:
+    if type(value) is tuple:
+        return tuple(children)
     if isinstance(value, Mapping):
         return _rebuild_mapping(value, children)
     if isinstance(value, tuple):
@@ -116,12 +122,12 @@ def even_sizes(rows: int, num_towers: int) -> list[int]:
     return [share + (tower < rest) for tower in range(num_towers)]
 
 
-def plan_splits(batch: Any, num_towers: int, dim: int) -> Splits:
-    """Decide how many towers work on a batch, and on how many rows each.
+def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
+    """Decide how many towers work on a batch of these tensors, and on how many rows each.
 
     A batch without rows to split (none, one, no tensor at all) goes to the main tower as it is.
     """
-    sizes = [_size(tensor, dim) for tensor in tensors_in(batch)]
+    sizes = [_size(tensor, dim) for tensor in tensors]
     split = [size for size in sizes if size > 1]
     towers = min([num_towers, *split]) if split else 1
     rows = even_sizes(max(split), towers) if split else [max(sizes, default=1) if sizes else 1]

@@ -23,12 +23,13 @@ class Shards:
 
     def __init__(self, batch: Any, num_towers: int, dim: int) -> None:
         self._batch = batch
-        self.splits: Splits = plan_splits(batch, num_towers, dim)
+        self._tensors = tensors_in(batch)
+        self.splits: Splits = plan_splits(self._tensors, num_towers, dim)
         self.main_inputs: list[Tensor] = []
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
-        for tensor in tensors_in(batch):
+        for tensor in self._tensors:
             if id(tensor) not in self._parts:
                 self._parts[id(tensor)] = parts = _with_own_counters(self.splits.parts(tensor))
                 if tensor.requires_grad and torch.is_grad_enabled():
@@ -68,7 +69,7 @@ class Shards:
 
     def pass_on_writes(self) -> None:
         """Tell autograd of the tensors that a forward wrote into, as the plain module's forward would have."""
-        for tensor in tensors_in(self._batch):
+        for tensor in self._tensors:
             parts = self._parts[id(tensor)] or ()
             if any(not part.is_inference() and part._version for part in parts) and not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)

@@ -25,6 +25,10 @@ class Streams:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._streams = _current({device.index for device in devices if device.type != "cpu"})
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._streams)
+
     def current(self) -> AbstractContextManager[None]:
         """Make them current in this thread; its current device stays."""
         return self._made_current() if self._streams else nullcontext()

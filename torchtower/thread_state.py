@@ -67,6 +67,15 @@ class ThreadState:
         self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
         self._hooks_disabled = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self._context = contextvars.copy_context()
+        # Most callers have none of these.
+        self._has_contexts = (
+            self._inference
+            or bool(self._streams)
+            or bool(self._function_modes)
+            or bool(self._dispatch_modes)
+            or self._saved_tensor_hooks is not None
+            or self._hooks_disabled is not None
+        )
 
     @property
     def autocast(self) -> bool:
@@ -79,15 +88,20 @@ class ThreadState:
         return context.run(self._run, device, work)
 
     def _run(self, device: torch.device, work: Callable[[], Result]) -> Result:
+        self._set_flags()
+        # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears it
+        # for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see workers).
+        torch.autocast_increment_nesting()
+        try:
+            return self._run_within_contexts(device, work) if self._has_contexts else work()
+        finally:
+            torch.autocast_decrement_nesting()
+
+    def _run_within_contexts(self, device: torch.device, work: Callable[[], Result]) -> Result:
         with ExitStack() as stack:
             if self._inference:
                 stack.enter_context(torch.inference_mode())
-            self._set_flags()
-            # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears
-            # it for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see
-            # workers).
-            torch.autocast_increment_nesting()
-            stack.callback(torch.autocast_decrement_nesting)
+                torch.set_grad_enabled(self._grad_enabled)
             stack.enter_context(self._streams.current())
             if self._saved_tensor_hooks is not None and not _of_checkpoint(self._saved_tensor_hooks):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*self._saved_tensor_hooks))

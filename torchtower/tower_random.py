@@ -18,12 +18,13 @@ from __future__ import annotations
 import functools
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Result = TypeVar("Result")
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _install_lock = threading.Lock()
 _locks: dict[torch.device, threading.Lock] = {}  # of the default generators
@@ -97,14 +98,13 @@ class TowerGenerators:
                 self._seeds.note_draw(device.type)
 
 
-@contextmanager
-def drawing_from(generators: TowerGenerators) -> Iterator[None]:
-    """Let this thread's random operators draw from ``generators``."""
-    key = intercept_draws()
+def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result:
+    """Do ``work`` while this thread's random operators draw from ``generators``."""
+    key = _intercept_draws_once()  # a pool has had them intercepted
     _local.generators, _local.borrowed = generators, None
     torch._C._dispatch_tls_set_dispatch_key_included(key, True)
     try:
-        yield
+        return work()
     finally:
         torch._C._dispatch_tls_set_dispatch_key_included(key, False)
         _local.generators = None

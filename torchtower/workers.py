@@ -19,7 +19,7 @@ import torch
 
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState
-from torchtower.tower_random import Seeds, TowerGenerators, drawing_from, intercept_draws
+from torchtower.tower_random import Seeds, TowerGenerators, draw_from, intercept_draws
 
 Job = Callable[[], Any]
 _STOP_TIMEOUT_S = 5.0
@@ -142,8 +142,7 @@ class _TowerThread:
         tower_index, device = self._tower_index, self._device
 
         def work() -> Any:
-            with drawing_from(TowerGenerators(tower_index, seeds)):
-                return state.run(device, job)
+            return draw_from(TowerGenerators(tower_index, seeds), lambda: state.run(device, job))
 
         self._inbox.put(lambda: round_.work(work, f"in tower {tower_index} on device {device}"))
 

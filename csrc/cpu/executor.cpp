@@ -1,5 +1,6 @@
 #include "executor.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "../chunk_plan.h"
@@ -32,6 +33,10 @@ bool is_input(const Parameter& parameter, const Towers& towers) {
 // measured with outputs of 0.5 to 64 MB (docs/kernel.md). The cache's size is not asked for,
 // because a virtual machine is told its host's.
 constexpr int64_t kStreamingBytes = 16 << 20;
+
+// Elements read, for fewer of which no thread is woken: on an idle machine the two take as long, on
+// a busy one whoever waits for a team of threads may wait for milliseconds.
+constexpr int64_t kGrainElements = 1 << 19;
 
 // Everything that one chunk's thread needs; written before the threads start, except for slots of
 // the statistics, of which each belongs to one piece.
@@ -114,7 +119,8 @@ void tower_mean(const Parameter* parameters, int64_t num_parameters, const Tower
             statistics == nullptr ? nullptr : sum_of_squares.data(),
             non_finite.data(),
             out_sum_of_squares.data()};
-  parallel_for(plan.num_chunks(), &Work::run, &work);
+  const int64_t grain = kGrainElements / ChunkPlan::kChunkSize / towers.count;
+  parallel_for(plan.num_chunks(), std::max<int64_t>(grain, 1), &Work::run, &work);
   if (statistics != nullptr) combine(work, num_parameters, *statistics);
 }
 

@@ -9,8 +9,8 @@ namespace torchtower::cpu {
 
 namespace {
 
-void torch_parallel_for_chunks(int64_t count, Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, /*grain_size=*/1, body, context));
+void torch_parallel_for_chunks(int64_t count, int64_t grain, Body body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
 void run(const Call& call, const Statistics* statistics) {

@@ -19,7 +19,7 @@ using namespace torchtower;
 
 int num_threads = 1;
 
-void parallel_for(int64_t count, cpu::Body body, void* context) {
+void parallel_for(int64_t count, int64_t, cpu::Body body, void* context) {
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < num_threads; ++i) {
     const int64_t begin = count * i / num_threads;
