@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import threading
 import warnings
 import weakref
@@ -1187,7 +1188,6 @@ def test_data_dependent_control_flow_may_differ_between_towers() -> None:
     assert_trains_alike(Net(), 3, batch(9))
 
 
-@pytest.mark.xfail(strict=True, reason="TorchScript modules keep their parameters in C++: replicas are not made yet")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "make", [torch.jit.script, lambda net: torch.jit.trace(net, batch(4))], ids=["script", "trace"]
@@ -1207,14 +1207,47 @@ def test_scripted_modules_work(make: Any, nested: bool) -> None:
             assert_close(got, p.grad)
 
 
+class Counted(nn.Module):
+    """Tied parameters, and buffers of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.tied = self.first
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.last(self.norm(self.tied(self.first(x))))
+
+
+def from_file(net: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("nested", [True, False])
-def test_a_scripted_module_is_refused_by_name_and_works_in_one_tower(nested: bool) -> None:
-    scripted = torch.jit.trace(mlp(), batch(4))
-    net = nn.Sequential(scripted) if nested else scripted
-    with pytest.raises(TypeError, match="Sequential is a TorchScript module"):
-        wrap(net, 2)(batch(4))
-    assert wrap(net, 1)(batch(4)).shape == (4, 2)
+@pytest.mark.parametrize("make", [torch.jit.script, from_file], ids=["script", "file"])
+def test_a_scripted_module_is_followed(make: Any) -> None:
+    scripted = make(Counted().double())
+    wrapped = wrap(scripted, 2)
+    wrapped(batch(4))
+    assert float(scripted.seen) == 1 and bool(scripted.norm.running_mean.any())
+    scripted.eval()
+    frozen = scripted.norm.running_mean.clone()
+    assert_close(wrapped(batch(4)), scripted(batch(4)))
+    assert torch.equal(scripted.norm.running_mean, frozen)
+    for p in scripted.last.parameters():
+        p.requires_grad_(False)
+    scripted.first.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+    out = wrapped(batch(4))
+    assert_close(out, scripted(batch(4)))
+    out.sum().backward()
+    assert scripted.last.weight.grad is None and scripted.first.weight.grad is not None
+    wrapped.float()
+    assert wrapped(batch(4).float()).dtype == torch.float32
 
 
 # ---- checkpointing

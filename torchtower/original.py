@@ -10,11 +10,11 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchtower.rewrite import is_small_container
+from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
 MODULE_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -101,6 +101,7 @@ class Original:
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
+        self._scripted = list(filter(is_scripted, self.modules))
         self._watch = Watch(map(self._watched, self.modules))
         self._known_facts = self._facts()
 
@@ -110,8 +111,7 @@ class Original:
 
     def _watched(self, module: nn.Module) -> Iterator[Any]:
         yield module.__dict__
-        for name in MODULE_DICTS:
-            yield module.__dict__[name]
+        yield from dicts_of(module).values()
         yield from self.containers[id(module)]
 
     def changes(self) -> list[nn.Module] | None:
@@ -143,16 +143,22 @@ class Original:
     def _facts(self) -> list[Any]:
         # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
         classes: list[Any] = list(map(type, self.modules))
-        return classes + [(p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in self.parameters]
+        scripted = chain.from_iterable(map(facts_of, self._scripted))
+        return [*classes, *scripted] + [
+            (p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in self.parameters
+        ]
+
+
+def dicts_of(module: nn.Module) -> dict[str, Any]:
+    """Those of `MODULE_DICTS` that a module keeps in Python: all, or the hooks of a TorchScript module."""
+    found = {name: module.__dict__.get(name) for name in MODULE_DICTS}
+    return {name: value for name, value in found.items() if isinstance(value, dict)}
 
 
 def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
     """The modules and tensors that a module's attributes hold, and the small containers they stand in."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            "TowerParallel: expected modules written in Python, of which it can make replicas, but "
-            f"{module.original_name} is a TorchScript module; wrap the module that it was made from"
-        )
+    if is_scripted(module):
+        return list(tensors_of(module)), []
     if is_lazy_module(module):
         raise ValueError(
             f"TowerParallel: expected every parameter to have a shape, but {type(module).__name__} is lazy; "

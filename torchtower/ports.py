@@ -39,7 +39,7 @@ class Port:
             return [own, *[None] * (len(weights) - 1)]
         if self.sizes is None:
             return list(value.unbind())
-        return list(torch.split(value, list(self.sizes), self.dim))
+        return list(value.split_with_sizes(list(self.sizes), self.dim))
 
 
 def join(

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchtower.original import MODULE_DICTS, Original, Watch
+from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of
 from torchtower.remote import RemoteStorage, copy_together
 from torchtower.rewrite import Translation, is_small_container
+from torchtower.scripted import install, is_scripted, twin_of
 
 # Where a forward may put something new: the module's attributes, these dicts, and its own small lists and dicts.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
@@ -70,7 +71,7 @@ class Replica:
         for module in self._original.modules:
             twin = before.get(module)
             if twin is None:
-                twin = type(module).__new__(type(module))
+                twin = twin_of(module) if is_scripted(module) else type(module).__new__(type(module))
             self._to_replica.add(module, twin)
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
@@ -107,21 +108,24 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
-        attributes = {
-            name: self._to_replica(_without_graph(value))
-            for name, value in module.__dict__.items()
-            if name not in MODULE_DICTS
-        }
-        for name in MODULE_DICTS:
-            value = module.__dict__[name]
+        dicts = {}
+        for name, value in dicts_of(module).items():
             # The same dict object each time, since a watch holds on to it; never the original's.
-            translated = attributes[name] = twin.__dict__.get(name, type(value)())
+            translated = dicts[name] = twin.__dict__.get(name, type(value)())
             translated.clear()
             translated.update((key, self._to_replica(item)) for key, item in value.items())
-        twin.__dict__.clear()
-        twin.__dict__.update(attributes)
-        if type(twin) is not type(module):  # a parametrization changes a module's class
-            object.__setattr__(twin, "__class__", type(module))
+        if is_scripted(module):
+            install(module, twin, self._to_replica)
+        else:
+            attributes = {
+                name: self._to_replica(_without_graph(value))
+                for name, value in module.__dict__.items()
+                if name not in MODULE_DICTS
+            }
+            twin.__dict__.clear()
+            twin.__dict__.update(attributes, **dicts)
+            if type(twin) is not type(module):  # a parametrization changes a module's class
+                object.__setattr__(twin, "__class__", type(module))
         self._installed[id(module)] = {place: copy(entries) for place, entries in _places(twin).items()}
 
     def _watch_own(self) -> None:
@@ -189,6 +193,8 @@ def write_back(written: Sequence[Written], translate: Translation) -> None:
 
 
 def _places(twin: nn.Module) -> dict[str, Any]:
+    if is_scripted(twin):
+        return {}
     attributes = twin.__dict__
     own = {name: value for name, value in attributes.items() if is_small_container(value) and name not in MODULE_DICTS}
     return {"": attributes, **{name: attributes[name] for name in _WRITTEN_DICTS}, **own}

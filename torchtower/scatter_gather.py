@@ -113,7 +113,7 @@ class Splits:
         if self.num_towers == 1 or _size(tensor, self.dim) < 2:
             return None
         sizes = even_sizes(_size(tensor, self.dim), self.num_towers)
-        return list(torch.split(tensor, sizes, self.dim))
+        return list(tensor.split_with_sizes(sizes, self.dim))
 
 
 def even_sizes(rows: int, num_towers: int) -> list[int]:
