@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchtower.original import is_lazy_module
 from torchtower.rounds import current_tower, exchange, weight_of_tower
 
 
@@ -87,7 +88,10 @@ class TowerBatchNorm(_BatchNorm):
         dims = [dim for dim in range(input.dim()) if dim != 1]
         rows = input.new_tensor(float(input.numel() // max(1, input.shape[1])), dtype=torch.float64)
         count = tower_sum(rows).item()
-        if count <= 1:
+        if count == 0:  # an empty batch, as nn.BatchNorm takes it
+            nothing: Tensor = super().forward(input)
+            return nothing
+        if count == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got {count:.0f} over all towers")
         # Half types lose too much in sums over a whole batch.
         wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -128,6 +132,7 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: something that is no module.
+        ValueError: a lazy batch normalisation, which has no parameters yet.
 
     Example:
         >>> net = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
@@ -139,15 +144,27 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_sync_batchnorm: expected an nn.Module, but got {type(module).__name__}")
-    converted = _converted(module) if isinstance(module, _BatchNorm) else module
-    for name, child in module.named_children():
-        setattr(converted, name, convert_sync_batchnorm(child))
+    return _convert(module, {})
+
+
+def _convert(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in done:  # it has several places
+        return done[module]
+    converted = done[module] = _converted(module) if isinstance(module, _BatchNorm) else module
+    for name, child in module._modules.items():
+        if child is not None:
+            setattr(converted, name, _convert(child, done))
     return converted
 
 
 def _converted(module: _BatchNorm) -> nn.Module:
     if isinstance(module, TowerBatchNorm):
         return module
+    if is_lazy_module(module):
+        raise ValueError(
+            f"convert_sync_batchnorm: expected every parameter to have a shape, but {type(module).__name__} is lazy; "
+            "run one batch through the module first"
+        )
     converted = TowerBatchNorm(
         module.num_features, module.eps, module.momentum, affine=False, track_running_stats=False
     )

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.averaging import Grad
+from torchtower.averaging import Grad, weighted_sum
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.held import HeldGradients
@@ -140,40 +140,56 @@ class Bridge:
             self.free()
         return values
 
-    def backward(self, main_inputs: Sequence[Tensor], grads: Sequence[Grad]) -> list[Grad]:
-        """From gradients of the outputs to gradients of the inputs."""
+    def backward(self, main_inputs: Sequence[Tensor], nodes: Sequence[Any], grads: Sequence[Grad]) -> list[Grad]:
+        """From gradients of the outputs to gradients of the inputs, to whose ``nodes`` they go."""
         if current_tower() is not None:
             raise RuntimeError(
                 "TowerParallel: expected the backward of a wrapped module's output outside of its towers, but it was "
                 "started in the forward of one; detach what an earlier forward left behind"
             )
-        self._family.on_backward()
+        family = self._family
+        family.on_backward()
+        parameters = main_inputs[: family.num_parameters]
+        accumulated: list[bool] = []
+        if family.held or not family.synchronize:
+            accumulated = [_is_accumulated(node) for node in nodes[: len(parameters)]]
         outputs = self._alive()
         with torch.no_grad():
             local_grads = self._local_grads(outputs, grads)
         keep = _autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
-            return self._differentiable_backward(main_inputs, grads, local_grads, keep)
+            values = self._differentiable_backward(main_inputs, grads, local_grads, keep)
+        else:
+            values = self._first_order_backward(parameters, local_grads, keep, accumulated)
+        if family.held and family.synchronize:
+            kept = family.held.kept(parameters, accumulated)
+            columns = list(zip(values, *kept, strict=False))
+            sums = weighted_sum(columns, [1.0] * (1 + len(kept)), in_place=not torch.is_grad_enabled())
+            values[: len(parameters)] = sums
+            family.held.release(parameters, accumulated)
+        return values
+
+    def _first_order_backward(
+        self, parameters: Sequence[Tensor], local_grads: list[list[Grad]], keep: bool, accumulated: list[bool]
+    ) -> list[Grad]:
         family = self._family
-        parameters = main_inputs[: family.num_parameters]
-        held = family.held.take(parameters) if family.synchronize else []
         collection = None
-        if family.buckets and family.synchronize and not held:
+        if family.buckets and family.synchronize:
             collection = Collection(family.buckets, family.weights, family.pool.devices[0])
         jobs = [
             LocalBackward(*parts, keep or family.keeps_graphs, _sender(collection, tower, parts[2]))
-            for tower, parts in enumerate(zip(outputs, local_grads, self._inputs, self._requires_grad, strict=True))
+            for tower, parts in enumerate(
+                zip(self._alive(), local_grads, self._inputs, self._requires_grad, strict=True)
+            )
         ]
         local = family.pool.run(jobs, weights=family.weights)
-        if family.synchronize and collection is None:
-            return join(self._in_ports, local, family.weights, in_place=True, further=held)
-        collected: list[Grad] = [None] * len(parameters)
         if collection is not None:
             collected = collection.finish(local, len(parameters))
-        else:
-            family.held.keep(parameters, local, family.weights)
-        rest = [grads[len(parameters) :] for grads in local]
-        return collected + join(self._in_ports[len(parameters) :], rest, family.weights, in_place=True)
+            rest = [grads[len(parameters) :] for grads in local]
+            return collected + join(self._in_ports[len(parameters) :], rest, family.weights, in_place=True)
+        if not family.synchronize:
+            local = family.held.keep(parameters, local, family.weights, accumulated)
+        return join(self._in_ports, local, family.weights, in_place=True)
 
     def _local_grads(self, outputs: list[list[Grad]], grads: Sequence[Grad]) -> list[list[Grad]]:
         columns: list[list[Grad]] = []
@@ -235,7 +251,18 @@ class _BridgeNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
         with ctx.bridge.streams.current():
-            return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, grads))
+            nodes = [node for node, _ in ctx.next_functions[1:]]
+            return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, nodes, grads))
+
+
+def _is_accumulated(node: Any) -> bool:
+    """Whether the engine, in this backward, accumulates into the leaf that ``node`` stands for."""
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad wants this leaf's gradient for itself
+        return False
 
 
 def _like(part: Grad, output: Grad) -> Grad:

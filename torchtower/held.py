@@ -1,4 +1,8 @@
-"""Gradients kept back by ``no_sync``: accumulated in each tower, reduced with the next synchronised backward."""
+"""Gradients kept back by ``no_sync``: accumulated in each tower, reduced with the next synchronised backward.
+
+Kept and given out are those alone that the engine is about to accumulate into a parameter: who asks for gradients with
+``torch.autograd.grad``, or of other inputs, gets what belongs to his own backward and leaves the rest as it is.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +21,63 @@ class HeldGradients:
         self._towers: list[dict[int, Tensor]] = []
         self._parameters: dict[int, Tensor] = {}  # keeps them alive, so that ids stay theirs
 
-    def keep(self, parameters: Sequence[Tensor], local_grads: Sequence[Sequence[Grad]], weights: list[float]) -> None:
+    def __bool__(self) -> bool:
+        """Whether anything is kept."""
+        return bool(self._parameters)
+
+    def keep(
+        self,
+        parameters: Sequence[Tensor],
+        local_grads: Sequence[Sequence[Grad]],
+        weights: list[float],
+        chosen: Sequence[bool],
+    ) -> list[list[Grad]]:
         """Add one backward's gradients, which become ours.
 
         Args:
             parameters: the user's.
             local_grads: tower-major, in the order of ``parameters``.
             weights: of the towers.
+            chosen: of which parameters.
+
+        Returns:
+            ``local_grads`` without those kept.
         """
         while len(self._towers) < len(local_grads):
             self._towers.append({})
         with torch.no_grad():
             for held, grads, weight in zip(self._towers, local_grads, weights, strict=False):
-                for parameter, grad in zip(parameters, grads, strict=False):
-                    if grad is None or weight == 0:
+                for parameter, grad, is_chosen in zip(parameters, grads, chosen, strict=False):
+                    if grad is None or weight == 0 or not is_chosen:
                         continue
                     share = grad if weight == 1 else grad * weight
-                    before = held.get(id(parameter))
+                    before = _like(parameter, held.get(id(parameter)))
                     held[id(parameter)] = share if before is None else before + share
                     self._parameters[id(parameter)] = parameter
+        is_kept = [*chosen, *[False] * (len(local_grads[0]) - len(chosen))]
+        return [[None if k else g for g, k in zip(grads, is_kept, strict=True)] for grads in local_grads]
 
-    def take(self, parameters: Sequence[Tensor]) -> list[list[Grad]]:
-        """Everything kept, tower-major in the order of ``parameters``; nothing is kept afterwards."""
-        towers = [[held.get(id(parameter)) for parameter in parameters] for held in self._towers]
-        self.drop()
-        return towers
+    def kept(self, parameters: Sequence[Tensor], chosen: Sequence[bool]) -> list[list[Grad]]:
+        """What is kept of the chosen parameters, tower-major in the order of ``parameters``."""
+        return [
+            [_like(p, held.get(id(p))) if is_chosen else None for p, is_chosen in zip(parameters, chosen, strict=True)]
+            for held in self._towers
+        ]
+
+    def release(self, parameters: Sequence[Tensor], chosen: Sequence[bool]) -> None:
+        """Forget what has been given out."""
+        for parameter, is_chosen in zip(parameters, chosen, strict=True):
+            if is_chosen:
+                self._parameters.pop(id(parameter), None)
+                for held in self._towers:
+                    held.pop(id(parameter), None)
 
     def drop(self) -> None:
         """Forget what was kept, as ``zero_grad`` asks."""
         self._towers = []
         self._parameters = {}
+
+
+def _like(parameter: Tensor, grad: Grad) -> Grad:
+    # The module may have been cast since.
+    return grad if grad is None or grad.dtype == parameter.dtype else grad.to(parameter.dtype)

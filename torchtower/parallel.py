@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.devices import DeviceId, move, parse_device_ids
+from torchtower.held import HeldGradients
 from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
@@ -96,6 +97,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
     def _start(self) -> None:
         # What pickling and copying leave out, since threads and locks cannot follow.
         self._towers: Towers | None = None
+        self._held = HeldGradients()
         self._lock = threading.RLock()
         self._closer: weakref.finalize[Any, Any] | None = None
 
@@ -253,8 +255,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, those that `no_sync` has kept back too."""
         super().zero_grad(set_to_none)
-        if self._towers is not None:
-            self._towers.held.drop()
+        self._held.drop()
 
     def _is_alone(self) -> bool:
         return self.num_towers == 1 or current_tower() is not None or transforming()
@@ -272,7 +273,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
     def _running(self) -> Towers:
         if self._towers is None or self._towers.module is not self.module:
             self.close()
-            self._towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy)
+            self._towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held)
             # Runs when this wrapper is collected and before the interpreter exits.
             self._closer = weakref.finalize(self, self._towers.pool.close)
         return self._towers
@@ -302,7 +303,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         self._towers = self._closer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_towers", "_lock", "_closer")
+        left_out = ("_towers", "_lock", "_closer", "_held")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         state["tower_losses"] = []
         return state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -48,7 +47,6 @@ def join(
     weights: list[float],
     *,
     in_place: bool = False,
-    further: Sequence[Sequence[Grad]] = (),
 ) -> list[Grad]:
     """Bring the towers' values to the main side; None where no tower has one.
 
@@ -57,7 +55,6 @@ def join(
         local_values: tower-major.
         weights: of the towers.
         in_place: the towers' values are nobody else's and may be written to.
-        further: more summands of the first ports, all shared, with the weight 1.
     """
     results: list[Grad] = [None] * len(ports)
     columns = list(zip(*local_values, strict=True))
@@ -70,11 +67,7 @@ def join(
                 results[index] = _join_rows(port, column, weights)
             elif (value := column[0]) is not None:
                 results[index] = value.detach()
-        summands: list[Sequence[Grad]] = [columns[index] for index in shared]
-        if further:
-            nothing: list[Grad] = [None] * len(further)
-            summands = [[*a, *b] for a, b in zip_longest(summands, zip(*further, strict=True), fillvalue=nothing)]
-        sums = weighted_sum(summands, [*weights, *[1.0] * len(further)], in_place=in_place)
+        sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
             device = ports[index].device
             results[index] = total if total is None or total.device == device else move(total, device)

@@ -58,6 +58,7 @@ class Replica:
         self._to_replica = Translation()
         self._leaf_facts: dict[int, tuple[Any, ...]] = {}
         self._installed: dict[int, dict[str, dict[str, Any]]] = {}
+        self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
 
     @property
@@ -153,10 +154,20 @@ class Replica:
             self._remote.forget()
 
     def refresh_buffers(self) -> None:
-        """Copy the original's buffers into this replica's."""
+        """Copy the original's buffers into this replica's.
+
+        A copy's version counter moves where the original's has, no more: what an earlier forward saved of it for its
+        backward stays good as long as it does in the plain module (batch normalisation moves no counter).
+        """
         if not self._is_main and self.buffers:
+            before, self._buffer_versions = self._buffer_versions, {}
+            targets = []
+            for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
+                version = None if buffer.is_inference() else buffer._version
+                self._buffer_versions[id(buffer)] = version
+                targets.append(twin.data if before.get(id(buffer)) == version else twin)
             with torch.no_grad():
-                copy_together(self._original.buffers, self.buffers)
+                copy_together(self._original.buffers, targets)
 
     def written(self) -> list[Written]:
         """What this replica's forward wrote into attributes and dicts, as values of the replica's world."""

@@ -12,6 +12,7 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -132,19 +133,20 @@ def _translate_reference(value: Any, translate: _Translate, always: bool) -> Any
 def _translate_function(value: Any, translate: _Translate, always: bool) -> Any:
     cells = value.__closure__ or ()
     before = [_content(cell) for cell in cells] + list(value.__defaults__ or ())
-    before += list(value.__dict__.values())
+    keywords = value.__kwdefaults__ or {}
+    before += [*keywords.values(), *value.__dict__.values()]
     after = [translate(item) for item in before]
     if not _changed(before, after):
         return value
     closure = tuple(
         cell if old is new else types.CellType(new) for cell, old, new in zip(cells, before, after, strict=False)
     )
-    defaults = tuple(after[len(cells) : len(cells) + len(value.__defaults__ or ())]) or None
+    rest = iter(after[len(cells) :])
+    defaults = tuple(islice(rest, len(value.__defaults__ or ()))) or None
     copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
-    copied.__kwdefaults__ = value.__kwdefaults__
+    copied.__kwdefaults__ = dict(zip(keywords, rest, strict=False)) or None
     copied.__qualname__ = value.__qualname__
-    attributes = after[len(after) - len(value.__dict__) :] if value.__dict__ else []
-    copied.__dict__.update(zip(value.__dict__, attributes, strict=True))
+    copied.__dict__.update(zip(value.__dict__, rest, strict=True))
     return copied
 
 

@@ -1,4 +1,11 @@
-"""One call's inputs, cut into one shard a tower."""
+"""One call's inputs, cut into one shard a tower.
+
+Note [Version counters]
+Autograd refuses a backward whose saved tensors have been written to since, which it tells by a counter that a tensor
+shares with its views. The parts of one tensor must not share it: what one tower writes into its own would spoil what
+the others have saved. So each has a counter of its own, and what should have moved the other side's is passed on: a
+tower's writes to the batch after the forward, the user's writes to the parts before a backward.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +36,7 @@ class Shards:
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
+        self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
                 self._parts[id(tensor)] = parts = _with_own_counters(self.splits.parts(tensor))
@@ -58,6 +66,8 @@ class Shards:
             if id(tensor) not in taken:
                 parts = self._parts[id(tensor)]
                 part = tensor if parts is None else parts[tower]
+                if part.device == device:
+                    self._aliased.add(id(tensor))
                 part = move(part.detach(), device)
                 if (port := self._port_of.get(id(tensor))) is not None:
                     leaves[port] = part.requires_grad_()
@@ -73,6 +83,28 @@ class Shards:
             parts = self._parts[id(tensor)] or ()
             if any(not part.is_inference() and part._version for part in parts) and not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
+
+    def aliases(self) -> Aliases:
+        """What the towers' graphs may have saved of the batch itself, as it is now."""
+        split = [tensor for tensor in self._tensors if id(tensor) in self._aliased and not tensor.is_inference()]
+        return Aliases([(tensor.detach(), parts) for tensor in split if (parts := self._parts[id(tensor)]) is not None])
+
+
+class Aliases:
+    """Parts of tensors that have version counters of their own, and how to tell them of writes to the tensors.
+
+    Args:
+        parts_of: tensors and the parts of each.
+    """
+
+    def __init__(self, parts_of: list[tuple[Tensor, list[Tensor]]]) -> None:
+        self._parts_of = [(tensor, tensor._version, parts) for tensor, parts in parts_of]
+
+    def pass_on_writes(self) -> None:
+        """Let autograd refuse a backward that needs what has been written over, as in the plain module."""
+        for tensor, version, parts in self._parts_of:
+            if tensor._version != version:
+                torch.autograd.graph.increment_version(parts)
 
 
 def _with_own_counters(parts: list[Tensor] | None) -> list[Tensor] | None:

@@ -8,13 +8,14 @@ that this takes stands in this file.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
@@ -23,6 +24,7 @@ from torchtower.streams import Streams
 Result = TypeVar("Result")
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
+_parametrize: Any = parametrize
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ untraced: Any = vars(torch)["_disable_dynamo"]
 def transforming() -> bool:
     """Whether a transform of torch.func or a forward-mode derivative is under way: no other thread can take part."""
     return _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def without_parametrization_cache() -> AbstractContextManager[None]:
+    """Within ``parametrize.cached()`` let towers compute their own: the cache knows modules by their original alone."""
+    return _without_parametrization_cache() if _parametrize._cache_enabled else nullcontext()
+
+
+@contextmanager
+def _without_parametrization_cache() -> Iterator[None]:
+    before, _parametrize._cache_enabled = _parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        _parametrize._cache_enabled = before
 
 
 class ThreadState:

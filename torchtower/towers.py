@@ -33,6 +33,7 @@ class Towers:
         devices: one a tower.
         max_concurrency: see `TowerPool`.
         buffers: ``"main"`` or ``"mean"``, see `torchtower.TowerParallel`.
+        held: where gradients are kept under ``no_sync``.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Towers:
         devices: Sequence[torch.device],
         max_concurrency: int | None,
         buffers: str,
+        held: HeldGradients,
     ) -> None:
         self.pool = TowerPool(devices, max_concurrency)
         self._buffers = buffers
@@ -53,7 +55,7 @@ class Towers:
         ]
         self._plan_parameters()
         self._written: list[Written] = []
-        self.held = HeldGradients()
+        self._held = held
         self.synchronize = True
         # T towers that meet a compiled module at once would compile it T times.
         self._in_turn = _is_compiled(self._original.modules)
@@ -139,7 +141,10 @@ class Towers:
                     column = [self._replicas[t].buffers[index] for t in range(len(rows))]
                     (mean,) = weighted_sum([column], shares, in_place=False)
                     assert mean is not None
-                    buffer.copy_(mean)
+                    # What all towers agree on is no mean's business. Through .data, as batch normalisation writes: what
+                    # this forward saved of the buffer for its backward stays good.
+                    alike = torch.stack([part.to(buffer.device) == buffer for part in column[1:]]).all(0)
+                    buffer.data.copy_(torch.where(alike, buffer, mean))
 
     def bridge(
         self,
@@ -157,14 +162,20 @@ class Towers:
         rest: list[list[Grad]] = [list(left_behind), *[nothing for _ in outputs[1:]]]
         parameters = self._original.parameters
         local_inputs = [[*replica.leaves, *own] for replica, own in zip(self._replicas, leaves, strict=False)]
+        aliases = shards.aliases()
+
+        def on_backward() -> None:
+            self._freshness.on_backward()
+            aliases.pass_on_writes()
+
         bridge = Bridge(
             Family(
                 self.pool,
                 weights,
-                self._freshness.on_backward,
+                on_backward,
                 len(parameters),
                 self._buckets,
-                self.held,
+                self._held,
                 Streams(self.pool.devices),
                 self.synchronize,
             ),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torchtower.rounds import Round, become_tower
-from torchtower.thread_state import ThreadState
+from torchtower.thread_state import ThreadState, without_parametrization_cache
 from torchtower.tower_random import Seeds, TowerGenerators, draw_from, intercept_draws
 
 Job = Callable[[], Any]
@@ -86,7 +86,8 @@ class TowerPool:
                 _send_team_home()
             began_s = time.perf_counter()
             round_ = Round(starts, weights)
-            interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            with without_parametrization_cache():
+                interrupt = round_.run(1 if in_turn else self.max_concurrency)
             self._last_round_s = time.perf_counter() - began_s
             seeds.move_on()
         if state.autocast:
