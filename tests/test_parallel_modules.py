@@ -256,6 +256,49 @@ def test_synchronised_batch_norm_with_an_idle_tower_and_a_single_row_names_the_t
     wrapped(batch(4))
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_tower_of_weight_zero_still_hears_of_the_others_through_shared_statistics(
+    num_towers: int, silent: int
+) -> None:
+    def loss_fn(net: Any, x: Tensor) -> tuple[Tensor, float]:
+        tower = current_tower() or 0
+        ignored = tower == silent and num_towers > 1
+        labels = torch.full((len(x),), -100 if ignored else 1)  # the mean of no losses is not a number
+        return F.cross_entropy(net(x), labels), 0.0 if ignored else 1.0
+
+    plain = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), num_towers)
+    rows = 4 * num_towers
+    x, ours = batch(rows, requires_grad=True), batch(rows, requires_grad=True)
+    heard = [r for r in range(rows) if r // 4 != silent or num_towers == 1]
+    expected = F.cross_entropy(plain(x)[heard], torch.ones(len(heard), dtype=torch.int64))
+    got = wrapped.tower_loss(loss_fn, ours)
+    assert_close(got, expected)
+    expected.backward()
+    got.backward()
+    assert_same_gradients(wrapped, plain, 1e-11)
+    assert_close(ours.grad, x.grad, 1e-11)
+
+
+def test_a_batch_norm_in_two_places_is_converted_once_and_in_both() -> None:
+    norm = nn.BatchNorm1d(3)
+    plain = nn.Sequential(norm, nn.Linear(3, 3), norm).double()
+    converted = convert_sync_batchnorm(copy.deepcopy(plain))
+    assert converted[0] is converted[2] and not isinstance(converted[2], nn.BatchNorm1d)
+    assert_close(wrap(converted, 2)(batch(8)), plain(batch(8)))
+
+
+def test_a_lazy_batch_norm_is_not_converted() -> None:
+    with pytest.raises(ValueError, match="convert_sync_batchnorm: expected every parameter to have a shape"):
+        convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))
+
+
+def test_synchronised_batch_norm_takes_an_empty_batch() -> None:
+    wrapped = wrap(convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()), 2)
+    assert wrapped(batch(4)[:0]).shape == (0, 4)
+
+
 # ---- recurrent, embeddings, attention
 
 
@@ -1478,3 +1521,59 @@ def test_convolutional_networks_train_alike() -> None:
 def test_an_unknown_buffers_policy_is_refused() -> None:
     with pytest.raises(ValueError, match=r"TowerParallel: expected buffers to be one of .* but got 'sum'"):
         TowerParallel(mlp(), ["cpu", "cpu"], buffers="sum")
+
+
+# ---- backward within the forward
+
+
+class Inner(nn.Module):
+    """Trains one of its layers while it goes forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self.trained(x).square().sum().backward()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(num_towers: int) -> None:
+    plain, wrapped = twins(Inner(), num_towers)
+    for step in range(2):
+        for net in (plain, wrapped):
+            with torch.no_grad():
+                net(batch(7, seed=step))
+        assert_same_gradients(wrapped, plain)
+        for net in (plain, wrapped):
+            net(batch(7, seed=step)).sum().backward()
+        assert_same_gradients(wrapped, plain)
+    plain.zero_grad()
+    wrapped.zero_grad()
+    for net in (plain, wrapped):
+        net(batch(7)).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
+                return layer(x) * times
+
+            self.call = call
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
+    net.load_state_dict(plain.state_dict())
+    wrapped = wrap(net, 2)
+    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
+    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
+    assert_same_gradients(wrapped, plain)

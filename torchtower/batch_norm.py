@@ -61,6 +61,26 @@ class _TowerSum(torch.autograd.Function):
         return _TowerSum.apply(grad, not ctx.weighted), None  # type: ignore[no-untyped-call]
 
 
+class _Silenced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return torch.zeros_like(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return torch.zeros_like(grads[0])
+
+
+def silenced(loss: Tensor) -> Tensor:
+    """A loss of 0 with gradients of 0 that still goes backward.
+
+    For a tower of weight 0 whose values other towers have used: its own loss counts for nothing, be it NaN, yet what
+    comes back to it through `tower_sum` is the others' loss and does count.
+    """
+    zero: Tensor = _Silenced.apply(loss)  # type: ignore[no-untyped-call]
+    return zero
+
+
 class TowerBatchNorm(_BatchNorm):
     """Batch normalisation with the statistics of the whole batch: mean and variance over all towers' rows.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
+from torchtower.batch_norm import silenced
 from torchtower.devices import DeviceId, move, parse_device_ids
 from torchtower.held import HeldGradients
 from torchtower.ports import Port
@@ -213,7 +214,11 @@ class TowerParallel(nn.DataParallel[nn.Module]):
             raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]
             weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
             ports = [Port("shared", self.devices[0])]
-            (mean,) = result.connect(weights, ports, [[loss] for loss, _ in pairs])
+            losses = [loss for loss, _ in pairs]
+            if 0 in weights and result.towers_met:
+                losses = [loss if weight else silenced(loss) for loss, weight in zip(losses, weights, strict=True)]
+                weights = [weight or max(weights) for weight in weights]
+            (mean,) = result.connect(weights, ports, [[loss] for loss in losses])
         self.tower_losses = [loss.detach() for loss, _ in pairs]
         assert mean is not None
         return mean

@@ -82,6 +82,7 @@ class Round:
         self.weights = weights
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
+        self.has_met = False  # whether the towers have exchanged anything
         self._unfinished = {tower for tower, _ in starts}
         self._starts = deque(starts)
         self._resumes: deque[Callable[[], None]] = deque()
@@ -127,6 +128,7 @@ class Round:
             answer: Any = [arrival.value for arrival in arrived]
             if interrupted or self.results or self.errors:
                 answer = DesertedError("exchange: expected every tower to come, but some had finished without")
+            self.has_met = True
             self._resumes.extend(_opening(arrival.gate, answer) for arrival in arrived)
 
     def exchange(self, value: Any) -> list[Any]:

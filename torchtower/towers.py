@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.bridge import Bridge, Family
 from torchtower.collect import cut_buckets
+from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.original import MODULE_DICTS, Original
@@ -88,9 +90,24 @@ class Towers:
 
         outputs = self.pool.run([job_of(t) for t in range(len(taken))], in_turn=self._in_turn)
         self._in_turn = False
+        self._accumulate_inner_gradients()
         shards.pass_on_writes()
         self._pool_buffers(shards.splits.rows)
         return ForwardResult(self, shards, outputs, taken)
+
+    def _accumulate_inner_gradients(self) -> None:
+        """Give the parameters what a backward within the forward has left in the replicas, summed over towers."""
+        towers: list[list[Grad]] = [[leaf.grad for leaf in replica.leaves] for replica in self._replicas]
+        if {type(None)}.issuperset(map(type, chain.from_iterable(towers))):  # nearly always
+            return
+        totals = weighted_sum(list(zip(*towers, strict=True)), [1.0] * len(towers), in_place=False)
+        for parameter, total in zip(self._original.parameters, totals, strict=True):
+            if total is not None:
+                total = move(total, parameter.device)
+                parameter.grad = total if parameter.grad is None else parameter.grad + total
+        for replica in self._replicas:
+            for leaf in replica.leaves:
+                leaf.grad = None
 
     def _follow(self) -> None:
         changes = self._original.changes()
@@ -213,6 +230,7 @@ class ForwardResult:
         self._towers = towers
         self._shards = shards
         self.outputs = outputs
+        self.towers_met = towers.pool.has_met
         self._leaves = leaves
 
     @property

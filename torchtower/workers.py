@@ -42,6 +42,7 @@ class TowerPool:
         self._threads: list[_TowerThread] = []
         self._intra_op_threads = 0
         self._last_round_s = 0.0
+        self.has_met = False  # whether the towers of the last round exchanged anything
         self._lock = threading.Lock()
         _pools.add(self)
 
@@ -88,6 +89,7 @@ class TowerPool:
             round_ = Round(starts, weights)
             with without_parametrization_cache():
                 interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            self.has_met = round_.has_met
             self._last_round_s = time.perf_counter() - began_s
             seeds.move_on()
         if state.autocast:

@@ -1,0 +1,272 @@
+"""What a program does between a forward and its backward has the plain module's meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, twins
+from torchtower import TowerParallel
+
+Net = nn.Module
+
+
+class Scaled(nn.Module):
+    """Its backward needs a constant buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 3)
+        self.register_buffer("scale", torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x) * self.scale
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+
+
+# ---- buffers that backward needs
+
+
+def two_forwards(net: Net) -> None:
+    (net(batch(8)).square().sum() + net(batch(8, seed=1)).sum()).backward()
+
+
+def one_after_the_other(net: Net) -> None:
+    net(net(batch(7))).square().sum().backward()
+
+
+def evaluated_in_between(net: Net) -> None:
+    loss = net(batch(7)).square().sum()
+    with torch.no_grad():
+        net(batch(5, seed=1))
+    loss.backward()
+
+
+def kept_graph(net: Net) -> None:
+    loss = net(batch(7)).square().sum()
+    loss.backward(retain_graph=True)
+    net(batch(7, seed=1))
+    loss.backward()
+
+
+@pytest.mark.parametrize("program", [two_forwards, evaluated_in_between, kept_graph])
+@pytest.mark.parametrize("make", [Scaled, normalised])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("buffers", ["main", "mean"])
+def test_a_buffer_that_an_earlier_forward_saved_stays_good(
+    program: Callable[[Net], None], make: Callable[[], nn.Module], num_towers: int, buffers: str
+) -> None:
+    plain, wrapped = twins(make(), num_towers, buffers=buffers)
+    for net in (plain, wrapped):
+        program(net)
+    assert_same_gradients(wrapped, plain)
+
+
+def test_outputs_may_be_inputs_again() -> None:
+    plain, wrapped = twins(Scaled(), 2)
+    for net in (plain, wrapped):
+        one_after_the_other(net)
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_training_with_batch_normalisation_goes_forward_twice(num_towers: int) -> None:
+    _, wrapped = twins(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), num_towers)
+    two_forwards(wrapped)
+    assert all(p.grad is not None for p in wrapped.parameters())
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_written_to_in_between_is_refused_as_by_the_plain_module(num_towers: int) -> None:
+    for net in twins(Scaled(), num_towers):
+        loss = net(batch(7)).square().sum()
+        inner = net.module if isinstance(net, TowerParallel) else net
+        inner.scale.mul_(2)
+        net(batch(7))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_the_mean_of_buffers_leaves_alone_what_all_towers_agree_on(num_towers: int) -> None:
+    _, wrapped = twins(Scaled(), num_towers, buffers="mean")
+    before = wrapped.module.scale.clone()
+    for _ in range(20):
+        wrapped(batch(7))
+    assert torch.equal(wrapped.module.scale, before)
+
+
+# ---- batches that are written over
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_batch_written_over_in_between_is_refused_as_by_the_plain_module(num_towers: int, style: str) -> None:
+    for net in twins(mlp(), num_towers):
+        x, y = batch(7), batch(7, 2)
+        if style == "tower loss" and isinstance(net, TowerParallel):
+            loss = net.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y)
+            y.zero_()
+        else:
+            loss = net(x).sum()
+            x.zero_()
+        if style == "tower loss" and not isinstance(net, TowerParallel):
+            continue
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_batch_that_backward_does_not_need_may_be_written_over(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bias
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        x = batch(7)
+        loss = net(x).square().sum()
+        x.zero_()
+        loss.backward()
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- gradients that no_sync keeps back
+
+
+def keep(net: Net) -> None:
+    if isinstance(net, TowerParallel):
+        with net.no_sync():
+            net(batch(8)).square().sum().backward()
+    else:
+        net(batch(8)).square().sum().backward()
+
+
+def saliency(net: Net) -> None:
+    z = batch(8, seed=1, requires_grad=True)
+    torch.autograd.grad(net(z).square().sum(), z)
+
+
+def saliency_within(net: Net) -> None:
+    if isinstance(net, TowerParallel):
+        with net.no_sync():
+            saliency(net)
+    else:
+        saliency(net)
+
+
+def of_parameters(net: Net) -> None:
+    torch.autograd.grad(net(batch(8)).sum(), list(net.parameters()))
+
+
+def of_chosen_inputs(net: Net) -> None:
+    z = batch(8, seed=1, requires_grad=True)
+    net(z).square().sum().backward(inputs=[z])
+
+
+def failing(net: Net) -> None:
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError("no gradient today")
+
+    inner = net.module if isinstance(net, TowerParallel) else net
+    handle = inner.register_forward_hook(lambda module, args, out: (out.register_hook(fail), out)[1])
+    with pytest.raises(ArithmeticError):
+        net(batch(8)).sum().backward()
+    handle.remove()
+
+
+def closed(net: Net) -> None:
+    if isinstance(net, TowerParallel):
+        net.close()
+
+
+@pytest.mark.parametrize(
+    "between", [saliency, saliency_within, of_parameters, of_chosen_inputs, failing, closed], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_kept_back_wait_for_the_next_backward_into_the_parameters(
+    between: Callable[[Net], None], create_graph: bool
+) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        keep(net)
+        between(net)
+        net(batch(8, seed=2)).sum().backward(create_graph=create_graph)
+    assert_same_gradients(wrapped, plain)
+    plain.zero_grad()
+    wrapped.zero_grad()
+    for net in (plain, wrapped):  # and go there once
+        net(batch(8, seed=3)).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_gradients_kept_back_follow_a_cast() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        keep(net)
+        net.float()
+        net(batch(8).float()).sum().backward()
+    assert_same_gradients(wrapped, plain, rtol=1e-5)
+
+
+def test_gradients_asked_for_within_no_sync_are_given_at_once() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with wrapped.no_sync():
+        ours = torch.autograd.grad(wrapped(batch(8)).sum(), list(wrapped.parameters()))
+    theirs = torch.autograd.grad(plain(batch(8)).sum(), list(plain.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_a_frozen_parameter_is_kept_until_it_is_thawed() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        keep(net)
+    frozen: list[Any] = [net[0].weight for net in (plain, wrapped.module)]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    wrapped(batch(8)).sum().backward()
+    assert wrapped.module[0].weight.grad is None
+    for weight in frozen:
+        weight.requires_grad_(True)
+    wrapped(batch(8)).sum().backward()
+    for _ in range(2):
+        plain(batch(8)).sum().backward()
+    once = torch.autograd.grad(plain(batch(8)).sum(), plain[0].weight)[0]
+    plain[0].weight.grad -= once  # of the backward in which it was frozen
+    assert_same_gradients(wrapped, plain, rtol=1e-10)
+
+
+# ---- caches
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_cached_parametrizations_are_computed_by_each_tower(num_towers: int) -> None:
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    net = mlp()
+    parametrize.register_parametrization(net[0], "weight", Double())
+    plain, wrapped = twins(net, num_towers)
+    for _ in range(10):
+        for module in (plain, wrapped):
+            module.zero_grad()
+            with parametrize.cached():
+                (module(batch(7)).sum() + module(batch(7, seed=1)).square().sum()).backward()
+                assert parametrize._cache_enabled == 1
+        assert_same_gradients(wrapped, plain)
