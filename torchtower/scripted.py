@@ -32,7 +32,8 @@ def facts_of(module: nn.Module) -> list[Any]:
 
 def twin_of(module: nn.Module) -> nn.Module:
     """A module of the same code, to be given its tensors by `install`."""
-    return copy.deepcopy(module)
+    with torch.no_grad():  # else the copies would be no leaves
+        return copy.deepcopy(module)
 
 
 def install(module: nn.Module, twin: nn.Module, translate: Callable[[Any], Any]) -> None:

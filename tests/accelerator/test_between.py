@@ -1,0 +1,128 @@
+"""What a program does between a forward and its backward, and inside them, with towers on devices."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.accelerator.towers import (
+    LAYOUTS,
+    assert_same_gradients,
+    assert_same_values,
+    device,
+    every_layout,
+    mlp,
+    rows,
+    twins,
+)
+from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
+
+
+class Scaled(nn.Module):
+    """Its backward needs a constant buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 3)
+        self.register_buffer("scale", torch.tensor([0.1, 0.2, 0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x) * self.scale
+
+
+@pytest.mark.parametrize("buffers", ["main", "mean"])
+@every_layout
+def test_a_buffer_that_an_earlier_forward_saved_stays_good(devices: list[int], buffers: str) -> None:
+    plain, wrapped = twins(Scaled(), devices, buffers=buffers)
+    for net in (plain, wrapped):
+        first = net(rows(8)).square().sum()
+        with torch.no_grad():
+            net(rows(8, seed=1))
+        (first + net(rows(8, seed=2)).cpu().sum().to(first.device)).backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_values(wrapped.module.scale, plain.scale, rtol=1e-300)
+
+
+@pytest.mark.parametrize("where", [0, 1, "cpu"])
+@every_layout
+def test_a_batch_written_over_counts_as_it_was_or_is_refused(devices: list[int], where: Any) -> None:
+    """What was copied to its tower is safe; what the tower reads where it lies is refused, as in the plain module."""
+    plain, wrapped = twins(mlp(), devices)
+    x = rows(8).to(where if where == "cpu" else device(where))
+    loss = wrapped(x).square().sum()
+    x.zero_()
+    if where == "cpu":
+        plain(rows(8)).square().sum().backward()
+        loss.backward()
+        assert_same_gradients(wrapped, plain)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@every_layout
+def test_gradients_kept_back_wait_for_the_next_backward_into_the_parameters(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    with wrapped.no_sync():
+        wrapped(rows(8)).square().sum().backward()
+    z = rows(8, seed=1).requires_grad_()
+    torch.autograd.grad(wrapped(z).sum(), z)
+    assert all(p.grad is None for p in wrapped.parameters())
+    wrapped(rows(8, seed=2)).sum().backward()
+    plain(rows(8)).square().sum().backward()
+    plain(rows(8, seed=2)).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_a_backward_within_the_forward_reaches_the_parameters(devices: list[int]) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trained, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.trained(x).square().sum().backward()
+            return self.last(x)
+
+    plain, wrapped = twins(Inner(), devices)
+    for net in (plain, wrapped):
+        net(rows(8))
+    assert_same_gradients(wrapped, plain)
+    for net in (plain, wrapped):
+        net(rows(8)).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("devices", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_tower_of_weight_zero_hears_of_the_others_through_shared_statistics(devices: list[int]) -> None:
+    def loss_fn(net: Any, x: Tensor) -> tuple[Tensor, float]:
+        ignored = current_tower() == 0
+        labels = torch.full((len(x),), -100 if ignored else 1, device=x.device)
+        return F.cross_entropy(net(x), labels), 0.0 if ignored else 1.0
+
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    plain, wrapped = twins(net, devices)
+    wrapped = TowerParallel(convert_sync_batchnorm(wrapped.module), device_ids=devices)
+    count = 4 * len(devices)
+    F.cross_entropy(plain(rows(count))[4:], torch.ones(count - 4, dtype=torch.int64)).backward()
+    wrapped.tower_loss(loss_fn, rows(count)).backward()
+    assert_same_gradients(wrapped, plain, 1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*TorchScript:DeprecationWarning")
+@every_layout
+def test_scripted_modules_work(devices: list[int]) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2)).double()
+    plain, inner = torch.jit.script(net), torch.jit.script(copy.deepcopy(net))
+    wrapped = TowerParallel(inner.to(device(devices[0])), device_ids=devices)
+    for step in range(2):
+        for module in (plain, wrapped):
+            module(rows(8, seed=step)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
