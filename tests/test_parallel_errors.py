@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import assert_same_gradients, batch, mlp, run_python, twins, wrap
+from tests.helpers import SEVERAL, assert_same_gradients, batch, mlp, run_python, twins, wrap
 from torchtower import TowerParallel, current_tower
 
 
@@ -603,3 +603,26 @@ except KeyboardInterrupt:
 model.module.seconds = 0
 model(torch.ones(6, 3))
 """, 30)  # fmt: skip
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_loss_of_the_module_itself_in_place_of_its_replica_is_refused(num_towers: int) -> None:
+    _, wrapped = twins(mlp(), num_towers)
+
+    def wrong(replica: nn.Module, x: Tensor) -> Tensor:
+        return wrapped.module(x).square().mean()
+
+    def penalty(replica: nn.Module, x: Tensor) -> Tensor:
+        return replica(x).square().mean() + wrapped.module[2].weight.square().sum()
+
+    for loss_fn, name in ((wrong, r"\d\.\w+"), (penalty, "2.weight")):
+        with pytest.raises(ValueError, match=f"to use the replica that it is given, but .* own parameter '{name}'"):
+            wrapped.tower_loss(loss_fn, batch(8))
+
+    def right(replica: Any, x: Tensor) -> Tensor:
+        z = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(replica(z).sum(), z, create_graph=True)
+        return slope.square().sum() + replica[2].weight.square().sum()
+
+    wrapped.tower_loss(right, batch(8)).backward()
+    wrapped.tower_loss(lambda replica, x: replica(x).sum() + wrapped(x).sum(), batch(8)).backward()

@@ -1,8 +1,10 @@
-"""One tower's backward through its local graph, run in that tower's thread."""
+"""One tower's local graph, and the backward through it that is run in that tower's thread."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +98,20 @@ class LocalGrad(_Local):
             for index, grad in zip(wanted, found, strict=True):
                 results[index] = grad
         return results
+
+
+def leaves_of(output: Tensor) -> Iterator[Tensor]:
+    """The leaves that a backward from ``output`` accumulates into."""
+    pending: list[Any] = [output.grad_fn]
+    seen: set[Any] = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import silenced
 from torchtower.devices import DeviceId, move, parse_device_ids
 from torchtower.held import HeldGradients
+from torchtower.local_backward import leaves_of
 from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
@@ -99,6 +100,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         # What pickling and copying leave out, since threads and locks cannot follow.
         self._towers: Towers | None = None
         self._held = HeldGradients()
+        self._checked: set[Any] = set()
         self._lock = threading.RLock()
         self._closer: weakref.finalize[Any, Any] | None = None
 
@@ -178,7 +180,8 @@ class TowerParallel(nn.DataParallel[nn.Module]):
 
         Raises:
             Exception: what a tower raised; its words name the tower and its device.
-            ValueError: a loss that has not one element; weights negative, NaN, infinite or all zero.
+            ValueError: a loss that has not one element; weights negative, NaN, infinite or all zero; at the first call
+                of ``loss_fn``, a loss that depends on the module's own parameters.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
@@ -209,6 +212,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         with self._lock:
             result = self._running().run(call, shards)
             pairs = [_loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
+            self._check_once(loss_fn, pairs[0][0])
             given = [weight for _, weight in pairs]
             rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
             raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]
@@ -224,6 +228,21 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         return mean
 
     _tower_loss_untraced = untraced(_tower_loss_on_towers)
+
+    def _check_once(self, loss_fn: Callable[..., Any], loss: Tensor) -> None:
+        """At the first call of a function, see that its loss leads to replicas, not to the module itself."""
+        code = getattr(loss_fn, "__code__", type(loss_fn))
+        if code in self._checked:
+            return
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        for leaf in leaves_of(loss):
+            if id(leaf) in names:
+                raise ValueError(
+                    "TowerParallel.tower_loss: expected loss_fn to use the replica that it is given, but its loss "
+                    f"depends on the module's own parameter '{names[id(leaf)]}', whose gradient would count in every "
+                    "tower anew"
+                )
+        self._checked.add(code)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -308,7 +327,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
         self._towers = self._closer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_towers", "_lock", "_closer", "_held")
+        left_out = ("_towers", "_lock", "_closer", "_held", "_checked")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         state["tower_losses"] = []
         return state
