@@ -179,3 +179,17 @@ def test_objects_without_equality_are_as_alike_as_one_can_tell() -> None:
 def test_objects_of_different_types_differ() -> None:
     with pytest.raises(ValueError, match=r"tower 1's is 1\.0"):
         gather_structure([1, 1.0], lambda parts, path: None)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(4, 3).to_sparse(), "torch.sparse_coo"),
+        (torch.ones(4, 3).to_sparse_csr(), "torch.sparse_csr"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
+    ],
+    ids=["coo", "csr", "nested"],
+)
+def test_what_has_no_rows_to_split_is_refused_by_its_kind(tensor: Tensor, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"that can be split by rows, but got a {kind} one"):
+        plan_splits([tensor], 2, 0)

@@ -126,7 +126,16 @@ def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
     """Decide how many towers work on a batch of these tensors, and on how many rows each.
 
     A batch without rows to split (none, one, no tensor at all) goes to the main tower as it is.
+
+    Raises:
+        ValueError: a sparse or nested tensor.
     """
+    for tensor in tensors:
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            raise ValueError(
+                "TowerParallel: expected tensors that can be split by rows, but got a "
+                f"{'nested' if tensor.is_nested else tensor.layout} one; pass a dense one, or make it a buffer"
+            )
     sizes = [_size(tensor, dim) for tensor in tensors]
     split = [size for size in sizes if size > 1]
     towers = min([num_towers, *split]) if split else 1
