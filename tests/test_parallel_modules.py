@@ -1293,6 +1293,42 @@ def test_a_scripted_module_is_followed(make: Any) -> None:
     assert wrapped(batch(4).float()).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_frozen_scripted_module_works() -> None:
+    plain = mlp().eval()
+    assert_close(wrap(torch.jit.freeze(torch.jit.script(plain)), 3)(batch(7)), plain(batch(7)))
+
+
+# ---- buffers that change their shape
+
+
+class Resizing(nn.Module):
+    """As observers of quantisation-aware training do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+        self.register_buffer("seen", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen.numel() == 0:
+            self.seen.resize_(3).fill_(1)
+        self.seen.mul_(2)
+        return self.last(x * self.seen)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_may_change_its_shape_and_dtype(num_towers: int) -> None:
+    plain, wrapped = twins(Resizing(), num_towers)
+    for rows in (1, 8, 8, 1, 8):
+        assert_close(wrapped(batch(rows)), plain(batch(rows)))
+        assert_close(wrapped.module.seen, plain.seen)
+    for value in (torch.ones(1), torch.ones(1, 3, dtype=torch.int64)):
+        for net in (plain, wrapped.module):
+            net.seen.data = value.clone()
+        assert_close(wrapped(batch(8)), plain(batch(8)))
+
+
 # ---- checkpointing
 
 

@@ -193,3 +193,10 @@ def test_objects_of_different_types_differ() -> None:
 def test_what_has_no_rows_to_split_is_refused_by_its_kind(tensor: Tensor, kind: str) -> None:
     with pytest.raises(ValueError, match=f"that can be split by rows, but got a {kind} one"):
         plan_splits([tensor], 2, 0)
+
+
+def test_towers_may_fill_their_dicts_in_any_order() -> None:
+    outputs = [{"a": rows(1), "b": rows(1, 5)}, {"b": rows(2, 5), "a": rows(2)}]
+    joined = gather_structure(outputs, lambda parts, path: torch.cat(parts))
+    assert list(joined) == ["a", "b"]
+    assert joined["a"].shape == (3, *rows(1).shape[1:]) and joined["b"].shape == (3, 5)

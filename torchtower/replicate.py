@@ -162,11 +162,13 @@ class Replica:
         if not self._is_main and self.buffers:
             before, self._buffer_versions = self._buffer_versions, {}
             targets = []
-            for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
-                version = None if buffer.is_inference() else buffer._version
-                self._buffer_versions[id(buffer)] = version
-                targets.append(twin.data if before.get(id(buffer)) == version else twin)
             with torch.no_grad():
+                for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
+                    if buffer.shape != twin.shape or buffer.dtype != twin.dtype:  # observers resize theirs
+                        twin.data = torch.empty_like(buffer, device=self.device)
+                    version = None if buffer.is_inference() else buffer._version
+                    self._buffer_versions[id(buffer)] = version
+                    targets.append(twin.data if before.get(id(buffer)) == version else twin)
                 copy_together(self._original.buffers, targets)
 
     def written(self) -> list[Written]:

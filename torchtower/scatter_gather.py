@@ -169,8 +169,10 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
         return _same_everywhere(outputs, path)
     names = _names(first)
     for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
-        if type(output) is not type(first) or child is None or _names(output) != names:
+        if type(output) is not type(first) or child is None or not _same_names(_names(output), first, names):
             raise ValueError(_differ(path, _tell(first), tower, _tell(output)))
+    if isinstance(first, Mapping):  # in whatever order a tower has filled its own
+        children = [[output[name] for name in names] for output in outputs]
     columns = zip(*[child for child in children if child is not None], strict=True)
     joined = [gather_structure(column, join, f"{path}[{name!r}]") for name, column in zip(names, columns, strict=True)]
     return _rebuild(first, joined)
@@ -205,6 +207,10 @@ def _names(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
         return list(getattr(value, "_fields", range(len(value))))
     return [field.name for field in dataclasses.fields(value)]
+
+
+def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
+    return names == expected or (isinstance(first, Mapping) and set(names) == set(expected))
 
 
 def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:

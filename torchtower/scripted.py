@@ -20,6 +20,11 @@ def is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
+def is_training(module: nn.Module) -> bool:
+    """``module.training``, which a frozen TorchScript module has not."""
+    return bool(getattr(module, "training", False))
+
+
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of the whole piece."""
     return chain(module.parameters(), module.buffers())
@@ -27,7 +32,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 def facts_of(module: nn.Module) -> list[Any]:
     """What replicas must be made anew for: tensors replaced, training mode changed."""
-    return [*map(id, tensors_of(module)), *[part.training for part in module.modules()]]
+    return [*map(id, tensors_of(module)), *map(is_training, module.modules())]
 
 
 def twin_of(module: nn.Module) -> nn.Module:
@@ -44,6 +49,5 @@ def install(module: nn.Module, twin: nn.Module, translate: Callable[[Any], Any])
         owner, _, name = path.rpartition(".")
         setattr(parts[owner], name, translate(tensor))
     for path, part in module.named_modules(remove_duplicate=False):
-        # Not through train(), which a traced module refuses to change submodule by submodule.
-        if parts[path].training != part.training:
+        if is_training(parts[path]) != is_training(part):
             parts[path].training = part.training

@@ -20,6 +20,7 @@ from torchtower.ports import Port
 from torchtower.replicate import Replica, Written, write_back
 from torchtower.rewrite import is_small_container
 from torchtower.scatter_gather import tensors_in
+from torchtower.scripted import is_training
 from torchtower.shards import Shards
 from torchtower.streams import Streams
 from torchtower.workers import TowerPool
@@ -122,7 +123,7 @@ class Towers:
             for replica in self._replicas:
                 replica.follow(changes)
         self._written = []
-        stale = self._freshness.stale(self.module.training)
+        stale = self._freshness.stale(is_training(self.module))
         for replica in self._replicas:
             replica.refresh_parameters(stale)
             replica.refresh_buffers()
