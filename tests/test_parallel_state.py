@@ -588,3 +588,53 @@ def test_a_synchronised_norm_survives_copies_and_state_dicts() -> None:
     plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     plain.load_state_dict(net.state_dict())
     assert_close(plain.eval()(batch(5)), wrapped.eval()(batch(5)))
+
+
+# ---- nn.DataParallel's steps
+
+
+class Stepwise(TowerParallel):
+    """As programs do that subclass nn.DataParallel with a forward of their own."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
+        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
+        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_the_steps_of_data_parallel_work_one_by_one(num_towers: int, rows: int) -> None:
+    plain = mlp()
+    stepwise = Stepwise(copy.deepcopy(plain), device_ids=["cpu"] * num_towers)
+    shards, keywords = stepwise.scatter((batch(7),), {"scale": 2, "y": batch(7, 2)}, stepwise.device_ids)
+    assert len(shards) == len(keywords) == num_towers
+    assert torch.equal(torch.cat([k["y"] for k in keywords]), batch(7, 2)) and keywords[-1]["scale"] == 2
+    inputs = [batch(rows, requires_grad=True) for _ in range(2)]
+    for net, x in zip((plain, stepwise), inputs, strict=True):
+        net(x).square().sum().backward()
+    assert_same_gradients(stepwise, plain)
+    assert_close(inputs[1].grad, inputs[0].grad)
+
+
+@pytest.mark.parametrize("step", ["scatter", "replicate", "parallel_apply", "gather"])
+def test_a_step_overridden_without_the_forward_is_refused(step: str) -> None:
+    kind = type("Mine", (TowerParallel,), {step: lambda self, *args: None})
+    with pytest.raises(TypeError, match=f"Mine: expected a subclass that overrides {step} to override forward, too"):
+        kind(mlp(), device_ids=["cpu", "cpu"])
+
+
+# ---- tracing and exporting
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_a_wrapper_is_traced_and_exported_as_its_module(num_towers: int, way: str) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    x = batch(6)
+    if way == "trace":
+        program: Any = torch.jit.trace(wrapped, x)
+    else:
+        program = torch.export.export(wrapped, (x,)).module()
+    assert_close(program(x), plain(x))

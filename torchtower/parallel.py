@@ -21,13 +21,14 @@ from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
 from torchtower.shards import Shards
+from torchtower.steps import Steps
 from torchtower.thread_state import transforming, untraced
 from torchtower.towers import ForwardResult, Towers
 
 _BUFFER_POLICIES = ("main", "mean")
 
 
-class TowerParallel(nn.DataParallel[nn.Module]):
+class TowerParallel(Steps):
     """Run a module's replicas on several devices in parallel, each in a thread of its own (a *tower*).
 
     Stands in for ``nn.DataParallel``: ``out = model(x)`` splits the batch by rows, runs every tower's forward, and
@@ -81,6 +82,7 @@ class TowerParallel(nn.DataParallel[nn.Module]):
             raise ValueError(f"TowerParallel: expected max_concurrency of at least 1, but got {max_concurrency}")
         if buffers not in _BUFFER_POLICIES:
             raise ValueError(f"TowerParallel: expected buffers to be one of {_BUFFER_POLICIES}, but got {buffers!r}")
+        self._check_steps()
         self.devices = parse_device_ids(device_ids)
         _check_kernels(self.devices)
         self.module = module

@@ -42,8 +42,16 @@ untraced: Any = vars(torch)["_disable_dynamo"]
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func or a forward-mode derivative is under way: no other thread can take part."""
-    return _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    """Whether a program is being traced or exported, or a transform or forward-mode derivative is under way.
+
+    No other thread can take part then.
+    """
+    return (
+        _C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or _C._is_tracing()
+        or torch.compiler.is_exporting()
+    )
 
 
 def without_parametrization_cache() -> AbstractContextManager[None]:
