@@ -1299,6 +1299,110 @@ def test_a_frozen_scripted_module_works() -> None:
     assert_close(wrap(torch.jit.freeze(torch.jit.script(plain)), 3)(batch(7)), plain(batch(7)))
 
 
+# ---- parameters that a forward gives other data
+
+
+class Clamped(nn.Module):
+    """Assigns to a parameter's data whenever it runs, as some constraints do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.weight.data = self.last.weight.data.clamp(-0.3, 0.3)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> None:
+    plain, wrapped = twins(Clamped(), num_towers)
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+        for step in range(6):
+            optimizer.zero_grad()
+            net(batch(8, seed=step)).square().sum().backward()
+            optimizer.step()
+    assert_same_parameters(wrapped, plain)
+    assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+def test_data_that_only_another_tower_assigns_are_dropped() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.last(x)
+            if current_tower() == 1:
+                self.last.weight.data = torch.zeros(2, 3, dtype=torch.float64)
+            return out
+
+    plain, wrapped = twins(Net(), 2)
+    for _ in range(2):
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+# ---- attributes elsewhere, and unusual classes
+
+
+def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
+            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            stacked = {
+                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
+            }
+            one = self.skeleton[0]
+            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
+
+    assert_trains_alike(Ensemble(), 3, batch(7))
+
+
+def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
+    class Net(nn.Module):
+        def __new__(cls, width: int) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, width)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            twin = Net(2)
+            twin.load_state_dict(self.state_dict())
+            return twin.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x)
+
+    assert_trains_alike(Net(2), 2, batch(7))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        with torch.no_grad():
+            out = net(batch(7))
+        out.square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
 # ---- buffers that change their shape
 
 

@@ -127,13 +127,18 @@ class Bridge:
             for index, value in enumerate(values)
             if value is not None and any((part := tower[index]) is not None and part.requires_grad for tower in outputs)
         ]
-        if crossing and torch.is_grad_enabled():
+        # A module may build a graph although its caller asks for none (``@torch.enable_grad()`` on its forward).
+        has_graph = any(
+            part.grad_fn is not None for tower in outputs for i in crossing if (part := tower[i]) is not None
+        )
+        if crossing and (torch.is_grad_enabled() or has_graph):
             self._out_ports = [self._out_ports[index] for index in crossing]
             self._outputs = [[tower[index] for index in crossing] for tower in outputs]
             # A 0-element input that requires grad: what the towers return may need gradients where no input does.
             ticket = torch.empty(0, requires_grad=True)
             carried = [values[index] for index in crossing]
-            connected = _BridgeNode.apply(self, carried, ticket, *main_inputs)  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                connected = _BridgeNode.apply(self, carried, ticket, *main_inputs)  # type: ignore[no-untyped-call]
             for index, value in zip(crossing, connected, strict=True):
                 values[index] = value
         else:

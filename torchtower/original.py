@@ -10,6 +10,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -66,14 +67,17 @@ class Original:
     """The modules, parameters and buffers that replicas are made from.
 
     Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and stand in
-    plain attributes, lists and dicts count too, as the plain module would train them.
+    plain attributes, lists and dicts count too, as the plain module would train them. Tensors there that lie elsewhere
+    than on the main device (a table on the CPU, a skeleton on the meta device) are left alone.
 
     Args:
         module: the user's module.
+        device: the main tower's.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
+        self._device = device
         self.discover()
 
     def discover(self) -> None:
@@ -81,7 +85,8 @@ class Original:
         self.modules: list[nn.Module] = []
         self.containers: dict[int, list[Any]] = {}  # of each module, by its id
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
-        buffers: dict[int, Tensor] = {}
+        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers()}
+        registered = {*parameters, *buffers}
         seen: set[int] = set()
         pending = [self.module]
         while pending:
@@ -95,6 +100,8 @@ class Original:
                 if isinstance(value, nn.Module):
                     if not self._is_ancestor(value):
                         pending.append(value)
+                elif id(value) not in registered and value.device != self._device:
+                    continue
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
                     parameters.setdefault(id(value), value)
                 elif value is not None:

@@ -72,7 +72,7 @@ class Replica:
         for module in self._original.modules:
             twin = before.get(module)
             if twin is None:
-                twin = twin_of(module) if is_scripted(module) else type(module).__new__(type(module))
+                twin = twin_of(module) if is_scripted(module) else object.__new__(type(module))
             self._to_replica.add(module, twin)
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
@@ -104,7 +104,22 @@ class Replica:
             self._to_replica.add(parameter, leaf)
             leaves.append(leaf)
         self._leaf_facts = facts
+        self._storages = storages
+        self._addresses = [leaf.data_ptr() for leaf in leaves]
         return leaves
+
+    def moved_leaves(self) -> list[int]:
+        """Indices of leaves that a forward has given other data (``self.weight.data = ...``)."""
+        addresses = [leaf.data_ptr() for leaf in self.leaves]
+        if addresses == self._addresses:
+            return []
+        return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
+
+    def put_back_leaves(self) -> None:
+        """Let every leaf have the storage again that follows the original's parameter."""
+        for index in self.moved_leaves():
+            self.leaves[index].data = self._storages[index].detach()
+        self._addresses = [leaf.data_ptr() for leaf in self.leaves]
 
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""

@@ -50,7 +50,7 @@ class Towers:
         self.pool = TowerPool(devices, max_concurrency)
         self._buffers = buffers
         self._freshness = Freshness(any(device != devices[0] for device in devices))
-        self._original = Original(module)
+        self._original = Original(module, devices[0])
         self._check_device()
         self._replicas = [
             Replica(self._original, device, is_main=index == 0, aliases=device == devices[0])
@@ -91,10 +91,20 @@ class Towers:
 
         outputs = self.pool.run([job_of(t) for t in range(len(taken))], in_turn=self._in_turn)
         self._in_turn = False
+        self._take_over_data()
         self._accumulate_inner_gradients()
         shards.pass_on_writes()
         self._pool_buffers(shards.splits.rows)
         return ForwardResult(self, shards, outputs, taken)
+
+    def _take_over_data(self) -> None:
+        """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone."""
+        if any([replica.moved_leaves() for replica in self._replicas]):
+            main = self._replicas[0]
+            for index in main.moved_leaves():
+                self._original.parameters[index].data = main.leaves[index].data
+            for replica in self._replicas:
+                replica.put_back_leaves()
 
     def _accumulate_inner_gradients(self) -> None:
         """Give the parameters what a backward within the forward has left in the replicas, summed over towers."""

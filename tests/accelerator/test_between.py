@@ -126,3 +126,47 @@ def test_scripted_modules_work(devices: list[int]) -> None:
         for module in (plain, wrapped):
             module(rows(8, seed=step)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_tensors_in_attributes_may_lie_elsewhere(devices: list[int]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.utils.weight_norm(nn.Linear(3, 2))  # keeps the weight of the last forward in an attribute
+            self.table, self.tables = torch.arange(3.0), [torch.ones(3)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x + self.table.to(x) + self.tables[0].to(x))
+
+    torch.manual_seed(0)
+    plain = Net()
+    torch.manual_seed(0)
+    wrapped = TowerParallel(Net().double().to(device(devices[0])), device_ids=devices)
+    plain = plain.double()
+    for step in range(2):
+        for net in (plain, wrapped):
+            net(rows(8, seed=step)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_data_that_a_forward_assigns_are_kept_and_trained(devices: list[int]) -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last.weight.data = self.last.weight.data.clamp(-0.3, 0.3)
+            return self.last(x)
+
+    plain, wrapped = twins(Clamped(), devices)
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+        for step in range(4):
+            optimizer.zero_grad()
+            net(rows(8, seed=step)).square().sum().backward()
+            optimizer.step()
+    assert_same_gradients(wrapped, plain)
+    assert_same_values(wrapped.module.last.weight, plain.last.weight)
