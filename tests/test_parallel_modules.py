@@ -1403,6 +1403,16 @@ def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: i
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
+    with torch.inference_mode():
+        plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().double()
+        wrapped = wrap(plain, num_towers)
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+    with torch.no_grad():
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
 # ---- buffers that change their shape
 
 

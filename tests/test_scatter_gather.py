@@ -200,3 +200,17 @@ def test_towers_may_fill_their_dicts_in_any_order() -> None:
     joined = gather_structure(outputs, lambda parts, path: torch.cat(parts))
     assert list(joined) == ["a", "b"]
     assert joined["a"].shape == (3, *rows(1).shape[1:]) and joined["b"].shape == (3, 5)
+
+
+def test_an_object_that_holds_tensors_and_is_no_container_is_refused() -> None:
+    class Out:
+        def __init__(self, scores: Tensor) -> None:
+            self.scores = scores
+
+    with pytest.raises(TypeError, match=r"the output\['a'\] to be of tensors in .* but got a Out that holds tensors"):
+        gather_structure([{"a": Out(rows(1))}, {"a": Out(rows(2))}], lambda parts, path: parts[0])
+
+
+def test_an_empty_container_reaches_the_towers_as_it_is() -> None:
+    found: list[Any] = []
+    assert map_tensors(lambda tensor: tensor, (found, {}))[0] is found

@@ -91,7 +91,10 @@ class TowerParallel(Steps):
         main = self.devices[0]
         self.output_device: Any = main
         if output_device is not None:
-            (self.output_device,) = parse_device_ids([output_device])
+            # -1 is nn.DataParallel's word for the CPU.
+            (self.output_device,) = parse_device_ids(["cpu" if output_device == -1 else output_device])
+        if len(self.devices) == 1 and main.type != "cpu":
+            module.to(main)  # as nn.DataParallel does with one device
         self.src_device_obj = main
         self.buffer_policy = buffers
         self.max_concurrency = max_concurrency

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchtower.devices import move
+from torchtower.devices import move, version_of
 from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
 
 # What is larger is worth a copy of its own, and not worth a second copy on either side.
@@ -67,11 +67,11 @@ class Bucket:
     def __init__(self, flat: Tensor, parameters: list[Tensor]) -> None:
         self._flat = flat
         self._parameters = parameters
-        self._versions: list[int] = []
+        self._versions: list[int | None] = []
 
     def refresh(self, stale: bool) -> None:
         """Copy these parameters in one go, if need be."""
-        versions = [parameter._version for parameter in self._parameters]
+        versions = [version_of(parameter) for parameter in self._parameters]
         if versions == self._versions and not (stale and self._parameters[0].requires_grad):
             return
         self._versions = versions

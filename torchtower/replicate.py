@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchtower.devices import version_of
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of
 from torchtower.remote import RemoteStorage, copy_together
 from torchtower.rewrite import Translation, is_small_container
@@ -99,7 +100,7 @@ class Replica:
             moved = self._leaf_facts.get(id(parameter)) != facts[id(parameter)]
             if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
                 leaf = _leaf_like(parameter, storage)
-            if leaf.requires_grad != parameter.requires_grad:
+            if leaf.requires_grad != parameter.requires_grad and not leaf.is_inference():
                 leaf.requires_grad_(parameter.requires_grad)
             self._to_replica.add(parameter, leaf)
             leaves.append(leaf)
@@ -181,8 +182,7 @@ class Replica:
                 for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
                     if buffer.shape != twin.shape or buffer.dtype != twin.dtype:  # observers resize theirs
                         twin.data = torch.empty_like(buffer, device=self.device)
-                    version = None if buffer.is_inference() else buffer._version
-                    self._buffer_versions[id(buffer)] = version
+                    version = self._buffer_versions[id(buffer)] = version_of(buffer)
                     targets.append(twin.data if before.get(id(buffer)) == version else twin)
                 copy_together(self._original.buffers, targets)
 
@@ -247,7 +247,8 @@ def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
     data = storage.detach()
     if not isinstance(parameter, nn.Parameter):
         return data.requires_grad_(parameter.requires_grad)
-    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    # An inference tensor that requires grad gets none all the same.
+    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
     if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
         leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     leaf.__dict__.update(parameter.__dict__)

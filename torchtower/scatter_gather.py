@@ -33,7 +33,7 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     children = _children(value)
-    if children is None:
+    if not children:  # no container, or an empty one, which a forward may fill
         return value
     return _rebuild(value, [map_tensors(function, child) for child in children])
 
@@ -157,6 +157,7 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
+        TypeError: an object that holds tensors and is no container.
     """
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -215,6 +216,11 @@ def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
 
 def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
     first = outputs[0]
+    if any(isinstance(value, Tensor) for value in getattr(first, "__dict__", {}).values()):
+        raise TypeError(
+            f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be "
+            f"joined, but got a {type(first).__name__} that holds tensors; return these"
+        )
     for tower, other in enumerate(outputs):
         if other is not first and (type(other) is not type(first) or not _equal(first, other)):
             raise ValueError(_differ(path, repr(first), tower, repr(other)))

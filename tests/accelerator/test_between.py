@@ -170,3 +170,9 @@ def test_data_that_a_forward_assigns_are_kept_and_trained(devices: list[int]) ->
             optimizer.step()
     assert_same_gradients(wrapped, plain)
     assert_same_values(wrapped.module.last.weight, plain.last.weight)
+
+
+def test_with_one_device_the_module_moves_there_as_nn_data_parallels_does() -> None:
+    wrapped = TowerParallel(mlp(), device_ids=[1])
+    assert {p.device for p in wrapped.parameters()} == {device(1)}
+    assert wrapped(rows(4).float()).device == device(1)
