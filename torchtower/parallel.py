@@ -82,7 +82,7 @@ class TowerParallel(Steps):
             raise ValueError(f"TowerParallel: expected max_concurrency of at least 1, but got {max_concurrency}")
         if buffers not in _BUFFER_POLICIES:
             raise ValueError(f"TowerParallel: expected buffers to be one of {_BUFFER_POLICIES}, but got {buffers!r}")
-        self._check_steps()
+        self._check_steps(TowerParallel.forward)
         self.devices = parse_device_ids(device_ids)
         _check_kernels(self.devices)
         self.module = module

@@ -54,10 +54,11 @@ class Steps(nn.DataParallel[nn.Module]):
         device = torch.device(output_device)
         return gather_structure(outputs, lambda parts, path: cat_rows([move(part, device) for part in parts], self.dim))
 
-    def _check_steps(self) -> None:
+    def _check_steps(self, forward: Any) -> None:
+        """Refuse a subclass that overrides a step, but not ``forward``, which would never call it."""
         steps = ("scatter", "replicate", "parallel_apply", "gather")
         overridden = [name for name in steps if getattr(type(self), name) is not getattr(Steps, name)]
-        if overridden and type(self).forward.__module__ == "torchtower.parallel":
+        if overridden and type(self).forward is forward:
             raise TypeError(
                 f"{type(self).__name__}: expected a subclass that overrides {overridden[0]} to override forward, too, "
                 "since TowerParallel's forward calls none of nn.DataParallel's steps"
