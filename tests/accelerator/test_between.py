@@ -176,3 +176,10 @@ def test_with_one_device_the_module_moves_there_as_nn_data_parallels_does() -> N
     wrapped = TowerParallel(mlp(), device_ids=[1])
     assert {p.device for p in wrapped.parameters()} == {device(1)}
     assert wrapped(rows(4).float()).device == device(1)
+
+
+def test_minus_one_is_nn_data_parallels_word_for_the_cpu() -> None:
+    plain, wrapped = twins(mlp(), [0, 1], output_device=-1)
+    out = wrapped(rows(5))
+    assert out.device == torch.device("cpu")
+    assert_same_values(out, plain(rows(5)))
