@@ -128,10 +128,10 @@ class Bridge:
             if value is not None and any((part := tower[index]) is not None and part.requires_grad for tower in outputs)
         ]
         # A module may build a graph although its caller asks for none (``@torch.enable_grad()`` on its forward).
-        has_graph = any(
-            part.grad_fn is not None for tower in outputs for i in crossing if (part := tower[i]) is not None
-        )
-        if crossing and (torch.is_grad_enabled() or has_graph):
+        if crossing and (
+            torch.is_grad_enabled()
+            or any(part.grad_fn is not None for tower in outputs for i in crossing if (part := tower[i]) is not None)
+        ):
             self._out_ports = [self._out_ports[index] for index in crossing]
             self._outputs = [[tower[index] for index in crossing] for tower in outputs]
             # A 0-element input that requires grad: what the towers return may need gradients where no input does.

@@ -1,8 +1,7 @@
 // The mean with statistics, once for every instruction set: included within an unnamed namespace,
 // after squares.h and kernel_body.h, whose rules hold here, too.
 //
-// Mapping: a piece is worked through in blocks. A block's totals stay in the first-level cache
-// while
+// Mapping: a piece is worked through in blocks. A block's totals stay in the first-level cache as
 //   up to four towers at a time, whose sums of squares fit the registers, are added to them; only
 //   then is the mean written, since it may overwrite a gradient that has to be read again.
 // Bytes: (T + 1) * n, nothing twice but a block whose float32 sum cannot be trusted.
@@ -92,8 +91,7 @@ void add_group_by_count(int64_t count, const Block& block, bool is_first,
   }
 }
 
-// Writes the mean, and returns its own sum of squares, as it is before it is rounded to out's
-// dtype.
+// Writes the mean, and returns its own sum of squares, of before it is rounded to out's dtype.
 template <class In, class Out>
 double finish_block(const typename In::Vector* totals, const Division<typename In::Vector>& divided,
                     int64_t numel, typename Out::Real* out) {
