@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 _local = threading.local()
 
@@ -56,10 +56,15 @@ class DesertedError(RuntimeError):
     """A tower waited for one that never came; whatever made the other stop is the news, not this."""
 
 
-class _Arrival(NamedTuple):
-    tower_index: int
-    value: Any
-    gate: SimpleQueue[Any]
+class _Arrival:
+    """One tower at an exchange, waiting at its gate."""
+
+    def __init__(self, tower_index: int, value: Any) -> None:
+        self.tower_index = tower_index
+        self.value = value
+        self.gate: SimpleQueue[Any] = SimpleQueue()
+        self.answer: Any = None
+        self.went_on = False
 
 
 class Round:
@@ -67,9 +72,13 @@ class Round:
 
     Note [Waiting for towers]
     The caller waits until every tower has finished, whatever happened in one of them: an exception is raised only
-    then, and so is KeyboardInterrupt, which drops the towers whose turn has not come. All decisions are taken in the
-    caller's thread; towers only report. Those that have come to an exchange wait at their gate, and need a turn again
-    to go on.
+    then. So is what a signal's handler raises in the caller meanwhile (KeyboardInterrupt, mostly), after which towers
+    whose turn has not come do nothing, and those that wait for others at an exchange are turned away (for ever, where a
+    user's lock keeps those). All decisions are taken in the caller's thread; towers only report. Those that have come
+    to an exchange wait at their gate, and need a turn again to go on.
+
+    A signal may strike between any two steps of the caller. So nothing is counted twice or lost if a step is repeated:
+    towers report by adding to what only grows, and each look at it decides anew what is left to do.
 
     Args:
         starts: for each tower that takes part, its index and what makes its thread call `work`.
@@ -83,59 +92,72 @@ class Round:
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
         self.has_met = False  # whether the towers have exchanged anything
-        self._unfinished = {tower for tower, _ in starts}
-        self._starts = deque(starts)
-        self._resumes: deque[Callable[[], None]] = deque()
-        self._arrived: dict[int, _Arrival] = {}
-        self._reports: SimpleQueue[int | _Arrival] = SimpleQueue()
+        self._starts = starts
+        self._num_started = 0
+        self._begun: set[int] = set()
+        self._finished: list[int] = []
+        self._arrivals: deque[_Arrival] = deque()
+        self._reports: SimpleQueue[None] = SimpleQueue()  # wakes the caller; the news is in the above
+        self._interrupt: BaseException | None = None
 
-    def run(self, max_concurrency: int) -> KeyboardInterrupt | None:
-        """Do it all; see Note [Waiting for towers]."""
-        interrupt = None
-        working = 0
-        while working or self._resumes or self._starts:
-            while working < max_concurrency and self._take_turn():
-                working += 1
+    def run(self, max_concurrency: int) -> BaseException | None:
+        """Do it all; see Note [Waiting for towers].
+
+        Returns:
+            What a signal's handler has raised.
+        """
+        while len(self._finished) < len(self._starts):
             try:
-                report = self._reports.get()
-            except KeyboardInterrupt as error:
-                interrupt = error
-                self._unfinished -= {tower for tower, _ in self._starts}
-                self._starts.clear()
+                self._advance(max_concurrency)
+                self._reports.get()
+            except BaseException as error:
+                self._interrupt = self._interrupt or error
+        return self._interrupt
+
+    def _advance(self, max_concurrency: int) -> None:
+        """Let towers start and go on, as many as may."""
+        waiting = self._waiting() if self._arrivals else []
+        working = self._num_started - len(self._finished) - len(waiting)
+        for arrival in waiting:
+            if arrival.answer is None:
                 continue
-            working -= 1
-            self._note(report, interrupt is not None)
-        return interrupt
+            # Who is turned away needs no turn: those that have one may be waiting for what it holds.
+            if working < max_concurrency or isinstance(arrival.answer, DesertedError):
+                arrival.gate.put(arrival.answer)
+                arrival.went_on = True
+                working += 1
+        while working < max_concurrency and self._num_started < len(self._starts):
+            self._starts[self._num_started][1](self)
+            self._num_started += 1
+            working += 1
 
-    def _take_turn(self) -> bool:
-        if self._resumes:
-            self._resumes.popleft()()
-        elif self._starts:
-            _, start = self._starts.popleft()
-            start(self)
-        else:
-            return False
-        return True
-
-    def _note(self, report: int | _Arrival, interrupted: bool) -> None:
-        if isinstance(report, _Arrival):
-            self._arrived[report.tower_index] = report
-        else:
-            self._unfinished.discard(report)
-        if self._arrived and len(self._arrived) == len(self._unfinished):
-            arrived = [self._arrived[tower] for tower in sorted(self._arrived)]
-            self._arrived = {}
-            answer: Any = [arrival.value for arrival in arrived]
-            if interrupted or self.results or self.errors:
+    def _waiting(self) -> list[_Arrival]:
+        """Those at their gates in tower order, with an answer where there is one by now."""
+        num_finished = len(self._finished)  # before the look at who waits: a tower may be finishing
+        while self._arrivals and self._arrivals[0].went_on:
+            self._arrivals.popleft()
+        waiting = [arrival for arrival in list(self._arrivals) if not arrival.went_on]
+        waiting.sort(key=lambda arrival: arrival.tower_index)
+        unanswered = [arrival for arrival in waiting if arrival.answer is None]
+        answer: Any = None
+        if self._interrupt is not None:
+            answer = DesertedError("exchange: interrupted")
+        elif len(unanswered) == len(self._starts) - num_finished:
+            answer = [arrival.value for arrival in unanswered]
+            if num_finished:
                 answer = DesertedError("exchange: expected every tower to come, but some had finished without")
             self.has_met = True
-            self._resumes.extend(_opening(arrival.gate, answer) for arrival in arrived)
+        if answer is not None:
+            for arrival in unanswered:
+                arrival.answer = answer
+        return waiting
 
     def exchange(self, value: Any) -> list[Any]:
         """In a tower's thread: see `exchange`."""
-        gate: SimpleQueue[Any] = SimpleQueue()
-        self._reports.put(_Arrival(_local.tower_index, value, gate))
-        answer = gate.get()
+        arrival = _Arrival(_local.tower_index, value)
+        self._arrivals.append(arrival)
+        self._reports.put(None)
+        answer = arrival.gate.get()
         if isinstance(answer, DesertedError):
             raise DesertedError(*answer.args)
         return list(answer)
@@ -143,25 +165,26 @@ class Round:
     def work(self, job: Callable[[], Any], words: str) -> None:
         """In a tower's thread: do its job and report. An exception's words get ``words`` added."""
         tower_index = _local.tower_index
+        if tower_index in self._begun:
+            return
+        self._begun.add(tower_index)
         _local.round = self
         try:
-            self.results[tower_index] = job()
+            if self._interrupt is None:
+                self.results[tower_index] = job()
         except BaseException as error:
             _add_words(error, words)
             self.errors[tower_index] = error
         finally:
             _local.round = None
-            self._reports.put(tower_index)
+            self._finished.append(tower_index)
+            self._reports.put(None)
 
     def first_error(self) -> BaseException | None:
         """What the first tower to fail raised, in tower order; taken out, so that the round does not keep it."""
         errors = [self.errors[tower] for tower in sorted(self.errors)]
         self.errors.clear()
         return next((e for e in errors if not isinstance(e, DesertedError)), next(iter(errors), None))
-
-
-def _opening(gate: SimpleQueue[Any], answer: Any) -> Callable[[], None]:
-    return lambda: gate.put(answer)
 
 
 def _add_words(error: BaseException, words: str) -> None:

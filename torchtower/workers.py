@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any
 
@@ -43,8 +45,13 @@ class TowerPool:
         self._intra_op_threads = 0
         self._last_round_s = 0.0
         self.has_met = False  # whether the towers of the last round exchanged anything
-        self._lock = threading.Lock()
+        self._closed = False
+        self._lock = threading.RLock()
         _pools.add(self)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """Within this context no other thread's `run` begins: what towers leave behind is the caller's."""
+        return self._lock
 
     def share_out_cores(self) -> None:
         """Give each tower its share of this thread's intra-op threads, whatever `max_concurrency` is.
@@ -53,7 +60,7 @@ class TowerPool:
         """
         share = max(1, torch.get_num_threads() // len(self.devices))
         if share != self._intra_op_threads:
-            self.close()
+            self._end_threads()
             self._intra_op_threads = share
 
     def run(
@@ -72,8 +79,11 @@ class TowerPool:
         Raises:
             Exception: what the first tower to fail (in tower order) raised; its words name the tower and its device.
                 Every tower has finished by then.
-            KeyboardInterrupt: Ctrl-C while waiting. Every tower has finished by then.
+            BaseException: what a signal's handler raised while waiting, KeyboardInterrupt mostly. Every tower has
+                finished by then.
         """
+        if sys.is_finalizing():  # threads do not run any more
+            raise RuntimeError("TowerParallel: expected to be used before the interpreter shuts down")
         state = ThreadState(self.devices)
         seeds = Seeds(self.devices[0])
         with self._lock:
@@ -92,6 +102,8 @@ class TowerPool:
             self.has_met = round_.has_met
             self._last_round_s = time.perf_counter() - began_s
             seeds.move_on()
+            if self._closed:  # the backward of an output that has outlived the wrapper
+                self._end_threads()
         if state.autocast:
             torch.clear_autocast_cache()  # what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error()) is not None:
@@ -112,14 +124,18 @@ class TowerPool:
         return self._threads
 
     def close(self) -> None:
-        """End the threads; the next `run` starts new ones. Harmless when they have ended already."""
+        """End the threads for good: a later `run` starts new ones, and ends them."""
+        self._closed = True
+        self._end_threads()
+
+    def _end_threads(self) -> None:
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.stop()
 
     def forget(self) -> None:
         """Drop the threads without a word: in a forked child they do not exist."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._threads = []
 
 
