@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, wrap
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, twins, wrap
 from torchtower import current_tower
 
 ROWS = 24
@@ -324,3 +324,64 @@ def test_drawing_in_forward_and_backward_gives_different_numbers() -> None:
     wrap(Net(), 2)(batch(4)).sum().backward()
     for tower in (0, 1):
         assert not torch.equal(seen[tower, "forward"], seen[tower, "backward"])
+
+
+class _Squared(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class _Transforming(nn.Linear):
+    """torch.func over an autograd function goes through an operator that dispatches in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def energy(row: Tensor) -> Tensor:
+            return _Squared.apply(F.linear(F.dropout(row, 0.0), self.weight, self.bias)).sum()
+
+        return torch.func.vmap(torch.func.grad(energy), randomness="different")(x)
+
+
+class _Branching(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (super().forward(x),))
+
+
+@pytest.mark.parametrize("kind", [_Transforming, _Branching])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_operators_that_dispatch_in_python_run_in_towers(kind: type[nn.Linear], num_towers: int) -> None:
+    # torch.cond traces its branches, which torch does in one thread at a time.
+    plain, wrapped = twins(kind(3, 3), num_towers, max_concurrency=1)
+    x = torch.ones(8, 3, dtype=torch.float64)
+    for net in (plain, wrapped):
+        net(x).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_operators_that_are_registered_once_towers_exist_run_in_them() -> None:
+    wrap(nn.Dropout(0.5), 2)(torch.ones(4, 3))
+
+    class Double(torch._ops.HigherOrderOperator):
+        def __call__(self, x: Tensor) -> Any:
+            return super().__call__(x)
+
+    double: Any = Double("torchtower_test_double")
+    double.py_impl(torch._C.DispatchKey.CompositeExplicitAutograd)(lambda x: x * 2)
+    double.py_impl(torch._C.DispatchKey.AutogradCPU)(lambda x: x * 2)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return double(x)  # type: ignore[no-any-return]
+
+    assert torch.equal(wrap(Net(), 2)(torch.ones(4, 3)), torch.full((4, 3), 2.0))

@@ -16,6 +16,7 @@ tower's state while they run, and it is theirs alone meanwhile.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,11 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
+Generator = Any  # torch.Generator, or what stands for a device's
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _install_lock = threading.Lock()
 _locks: dict[torch.device, threading.Lock] = {}  # of the default generators
+_real_states: dict[str, tuple[Any, Any]] = {}  # a device module's own get_rng_state and set_rng_state
 _local = threading.local()
 _libraries: list[Any] = []
 
@@ -62,9 +65,10 @@ class Seeds:
         for device_type in self._drawn:
             source = self._source(device_type)
             if _hash_of(source) == self._states[device_type]:
-                torch.empty((), device=source.device).random_(generator=source)
+                generator = source if isinstance(source, torch.Generator) else None
+                torch.empty((), device=source.device).random_(generator=generator)
 
-    def _source(self, device_type: str) -> torch.Generator:
+    def _source(self, device_type: str) -> Generator:
         main = device_type == self._main_device.type
         return default_generator(self._main_device if main else torch.device(device_type))
 
@@ -75,10 +79,10 @@ class TowerGenerators:
     def __init__(self, tower_index: int, seeds: Seeds) -> None:
         self._tower_index = tower_index
         self._seeds = seeds
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._generators: dict[torch.device, Generator] = {}
         self._fresh: dict[torch.device, int] = {}
 
-    def on(self, device: torch.device) -> torch.Generator:
+    def on(self, device: torch.device) -> Generator:
         """The generator that this tower's draws on ``device`` come from."""
         generator = self._generators.get(device)
         if generator is None:
@@ -111,18 +115,43 @@ def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result
         generators.note_draws()
 
 
-def _hash_of(generator: torch.Generator) -> int:
+def _hash_of(generator: Generator) -> int:
     return zlib.crc32(generator.get_state().numpy().tobytes())
 
 
-def default_generator(device: torch.device) -> torch.Generator:
+def default_generator(device: torch.device) -> Generator:
     """The device's own default generator, whichever thread asks."""
     if device.type == "cpu":
         return torch.default_generator
-    generators = torch.get_device_module(device).default_generators
+    generators = getattr(torch.get_device_module(device), "default_generators", ())
     if isinstance(generators, _DefaultGeneratorsOfThread):
         generators = generators.real
-    return generators[device.index]  # type: ignore[no-any-return]
+    return generators[device.index] if device.index < len(generators) else _generator_by_state(device)
+
+
+@functools.cache
+def _generator_by_state(device: torch.device) -> _GeneratorByState:
+    return _GeneratorByState(device)
+
+
+class _GeneratorByState:
+    """A device's default generator where its module does not give it, but its state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def get_state(self) -> torch.Tensor:
+        get, _ = _real_states[self.device.type]
+        state: torch.Tensor = get(*self._where(get, 0))
+        return state
+
+    def set_state(self, state: torch.Tensor) -> None:
+        _, set_ = _real_states[self.device.type]
+        set_(state, *self._where(set_, 1))
+
+    def _where(self, function: Any, num_before: int) -> tuple[torch.device, ...]:
+        # torch.mps has one device, and asks for none.
+        return (self.device,) if len(inspect.signature(function).parameters) > num_before else ()
 
 
 class _DefaultGeneratorOfThread:
@@ -154,6 +183,7 @@ class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
 def intercept_draws() -> Any:
     """Intercept ATen's random operators under the spare key, once in a process."""
     with _install_lock:
+        _stand_in_for_device_module()
         return _intercept_draws_once()
 
 
@@ -182,12 +212,70 @@ def _intercept_draws_once() -> Any:
             continue
         operators.impl(overload, kernel, _KEY_NAME, with_keyset=True)
     _libraries.extend([fallback, operators])
+    _let_higher_order_operators_pass(key)
     vars(torch.random)["default_generator"] = _DefaultGeneratorOfThread()
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        module = vars(torch.get_device_module(accelerator))
-        module["default_generators"] = _DefaultGeneratorsOfThread(accelerator.type, module["default_generators"])
     return key
+
+
+def _stand_in_for_device_module() -> None:
+    """Again for every pool: a device's initialisation may have put the real names back."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return
+    module = torch.get_device_module(accelerator)
+    generators = getattr(module, "default_generators", None)
+    if generators and not isinstance(generators, _DefaultGeneratorsOfThread):
+        module.default_generators = _DefaultGeneratorsOfThread(accelerator.type, generators)
+    if accelerator.type not in _real_states and hasattr(module, "get_rng_state"):
+        _stand_in_for_states(module, accelerator.type)
+
+
+def _stand_in_for_states(module: Any, device_type: str) -> None:
+    real_get, real_set = module.get_rng_state, module.set_rng_state
+
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        with _own_generator(device_type, device) as own:
+            state: torch.Tensor = real_get(*_given(device)) if own is None else own.get_state()
+        return state
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+        with _own_generator(device_type, device) as own:
+            if own is None:
+                real_set(new_state, *_given(device))
+            else:
+                own.set_state(new_state)
+
+    _real_states[device_type] = (real_get, real_set)
+    module.get_rng_state = functools.update_wrapper(get_rng_state, real_get)
+    module.set_rng_state = functools.update_wrapper(set_rng_state, real_set)
+
+
+def _given(device: Any) -> tuple[Any, ...]:
+    return () if device is None else (device,)
+
+
+@contextmanager
+def _own_generator(device_type: str, which: Any) -> Iterator[Generator]:
+    """In a tower's thread, its generator on a device, which nobody else borrows meanwhile; elsewhere None."""
+    generators = getattr(_local, "generators", None)
+    if generators is None:
+        yield None
+        return
+    index = which if which is None or isinstance(which, int) else torch.device(which).index
+    device = torch.device(device_type, torch.accelerator.current_device_index() if index is None else index)
+    with nullcontext() if _local.borrowed == device else _lock_of(device):
+        yield generators.on(device)
+
+
+def _lock_of(device: torch.device) -> threading.Lock:
+    return _locks.setdefault(device, threading.Lock())
+
+
+def _let_higher_order_operators_pass(key: Any) -> None:
+    # torch.cond, autograd functions under torch.func and their kind dispatch in Python, which knows no fallbacks.
+    torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS.append(key)  # of those to be made
+    for operator in torch._ops._higher_order_ops.values():
+        operator.fallthrough(key)
 
 
 def _is_composed(name: str, overload: Any) -> bool:
@@ -226,7 +314,7 @@ def _draw_without_generator(overload: Any, key: Any, keyset: Any, *args: Any, **
 def _borrowing(device: torch.device) -> Iterator[None]:
     """Let the device's default generator be this tower's and nobody else's."""
     own, default = _local.generators.on(device), default_generator(device)
-    with _locks.setdefault(device, threading.Lock()):
+    with _lock_of(device):
         _local.borrowed = device
         before = default.get_state()
         if own is not default:

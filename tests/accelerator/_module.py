@@ -86,7 +86,9 @@ def set_rng_state(state: torch.Tensor, which: Any = None) -> None:
 
 
 def _generators() -> Sequence[torch.Generator]:
-    return torch.get_device_module(NAME).default_generators  # looked up at each call, as torch.cuda does
+    # Looked up at each call, as torch.cuda does; by operators where the module has no such name, as torch_openreg's.
+    named: Sequence[torch.Generator] = getattr(torch.get_device_module(NAME), "default_generators", ())
+    return named or [torch.ops.simulated.default_generator(index) for index in range(device_count())]
 
 
 def make_module() -> types.ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,23 @@ dropouts = pytest.mark.parametrize(
     ],
     ids=["dropout", "bernoulli", "rand_like", "rand", "rand on the cpu", "alpha"],
 )
+
+
+@pytest.fixture(params=["named", "unnamed", "late"], autouse=True)
+def generators(request: pytest.FixtureRequest, simulated: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the device module gives its default generators.
+
+    As torch.cuda does; not at all (torch.mps, torch_openreg); or as torch.cuda does to a program that has used CPU
+    towers before: the device's initialisation gives the name its meaning.
+    """
+    if request.param == "unnamed":
+        monkeypatch.delattr(simulated, "default_generators")
+    elif request.param == "late":
+        real = [torch.ops.simulated.default_generator(index) for index in range(simulated.device_count())]
+        monkeypatch.setattr(simulated, "default_generators", ())
+        TowerParallel(Drop(F.dropout), device_ids=["cpu", "cpu"])(torch.ones(2, 3))
+        simulated.default_generators = tuple(real)
+    return str(request.param)
 
 
 class Drop(nn.Module):
@@ -77,10 +95,9 @@ def test_forwards_draw_anew_even_where_only_other_towers_draw() -> None:
 
 def test_a_forward_that_draws_nothing_consumes_nothing() -> None:
     _, wrapped = twins(mlp(), [0, 1])
-    generators = torch.simulated.default_generators
-    before = [generator.get_state() for generator in generators]
+    before = [torch.simulated.get_rng_state(index) for index in (0, 1)]
     wrapped(rows(4)).sum().backward()
-    assert all(torch.equal(a, b.get_state()) for a, b in zip(before, generators, strict=True))
+    assert all(torch.equal(before[index], torch.simulated.get_rng_state(index)) for index in (0, 1))
 
 
 def test_other_towers_leave_their_devices_default_generator_alone() -> None:
