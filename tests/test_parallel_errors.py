@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
@@ -248,6 +249,12 @@ def test_bad_results_of_a_loss_function_are_named(output: Any, words: str) -> No
         wrap(mlp(), 3).tower_loss(lambda net, x: output(x), batch(6))
 
 
+@pytest.mark.parametrize("weight", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_single_towers_weight_is_checked_as_any(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"TowerParallel\.tower_loss: expected .*weight"):
+        wrap(mlp(), 1).tower_loss(lambda net, x: (net(x).sum(), weight), batch(4))
+
+
 def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
     with pytest.raises(ValueError, match=r"the output\[1\] to have dimension 1.*shape is \(3,\)"):
         wrap(Differing(*[lambda x: (x, x[:, 0])] * 2), 2, dim=1)(batch(3, 2))
@@ -269,6 +276,8 @@ def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
         ({"output_device": "nonsense"}, ValueError, "nonsense"),
         ({"buffers": "sum"}, ValueError, "buffers"),
         ({"max_concurrency": 0}, ValueError, "max_concurrency"),
+        ({"max_concurrency": 1.5}, TypeError, "expected max_concurrency to be an int, but got 1.5"),
+        ({"dim": "a"}, TypeError, "expected dim to be an int, but got 'a'"),
     ],
 )
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="names devices that this machine has")
@@ -282,8 +291,9 @@ def test_something_that_is_no_module_is_refused() -> None:
         TowerParallel(lambda x: x, ["cpu"])
 
 
-def test_parameters_on_another_device_are_named_at_the_call() -> None:
-    with pytest.raises(ValueError, match=r"on cpu, the main tower's device .* found one on meta"):
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])  # the second is nn.DataParallel's, and so are the words
+def test_parameters_on_another_device_are_named_at_the_call(error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"on device cpu \(device_ids\[0\]\) but found one of them on device: meta"):
         wrap(nn.Linear(3, 2, device="meta"), 2)(torch.ones(4, 3))
 
 
@@ -325,6 +335,26 @@ def test_a_backward_after_close_still_gives_the_gradients() -> None:
     plain(batch(5)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
     wrapped.close()
+
+
+@pytest.mark.parametrize("ending", ["close", "new module", "gone"])
+def test_a_backward_after_its_wrapper_leaves_no_thread(ending: str) -> None:
+    before = tower_threads()
+    wrapped: Any = wrap(mlp(), 2)
+    module = wrapped.module
+    out = wrapped(batch(4))
+    if ending == "close":
+        wrapped.close()
+    elif ending == "new module":
+        wrapped.module = mlp()
+        wrapped(batch(4))
+        wrapped.close()
+    else:
+        del wrapped
+        gc.collect()
+    out.sum().backward()
+    assert module[0].weight.grad is not None
+    assert not tower_threads() - before
 
 
 def test_a_backward_after_the_wrapper_is_gone_still_gives_the_gradients() -> None:
@@ -550,6 +580,38 @@ model(torch.ones(4, 3)).sum().backward()
 """, 30)  # fmt: skip
 
 
+def test_a_child_forked_while_another_thread_is_in_a_forward_has_towers_of_its_own() -> None:
+    passes("""
+model = towers(Slow(0.0))
+model(torch.ones(4, 3))
+model.module.seconds = 1.0
+threading.Thread(target=lambda: model(torch.ones(4, 3)), daemon=True).start()
+time.sleep(0.3)
+child = os.fork()
+if child == 0:
+    model.module.seconds = 0.0
+    model(torch.ones(4, 3)).sum().backward()
+    os._exit(0 if model.module.fc.weight.grad is not None else 1)
+assert os.waitpid(child, 0)[1] == 0
+""")
+
+
+def test_a_forward_while_the_interpreter_shuts_down_is_the_plain_modules() -> None:
+    done = run_python(
+        HEAD
+        + """
+model, x = towers(nn.Linear(3, 2)), torch.ones(4, 3)
+expected = model(x).sum().item()
+class Late:
+    def __del__(self):
+        print(model(x).sum().item() == expected)
+late = Late()
+""",
+        30,
+    )
+    assert done.returncode == 0 and done.stdout.split() == ["True"], done.stderr + done.stdout
+
+
 def test_data_loader_workers_live_beside_the_towers() -> None:
     passes("""
 from torch.utils.data import DataLoader, TensorDataset
@@ -585,6 +647,93 @@ if __name__ == "__main__":
 """, 60)  # fmt: skip
 
 
+def test_an_interrupt_ends_towers_that_wait_for_each_other_for_ever() -> None:
+    passes("""
+from torchtower import convert_sync_batchnorm
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.lock, self.locks = nn.BatchNorm1d(3), threading.Lock(), True
+    def forward(self, x):
+        if not self.locks:
+            return self.norm(x)
+        with self.lock:  # the tower that has it waits in the norm for the others, and they for the lock
+            return self.norm(x)
+model = towers(convert_sync_batchnorm(Net()), 3)
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    model(torch.ones(6, 3))
+    sys.exit("no interrupt")
+except KeyboardInterrupt:
+    pass
+model.module.locks = False
+model(torch.ones(6, 3))
+""", 30)  # fmt: skip
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_what_a_signals_handler_raises_waits_for_the_towers(sync: bool) -> None:
+    passes(f"""
+from torchtower import convert_sync_batchnorm
+class Net(nn.Module):
+    working = 0
+    def __init__(self):
+        super().__init__()
+        self.norm, self.seconds = nn.BatchNorm1d(3), 0.0
+    def forward(self, x):
+        Net.working += 1
+        time.sleep(self.seconds * (1 + (current_tower() or 0)))
+        Net.working -= 1
+        return self.norm(x)
+def stop(*args):
+    raise TimeoutError("too long")
+signal.signal(signal.SIGALRM, stop)
+net = Net()
+model = towers(convert_sync_batchnorm(net) if {sync} else net, 2)
+model.module.seconds = 0.3
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+try:
+    model(torch.ones(6, 3))
+    sys.exit("no error")
+except TimeoutError:
+    assert Net.working == 0
+model.module.seconds = 0.0
+model(torch.ones(6, 3))
+""", 30)  # fmt: skip
+
+
+def test_interrupts_at_any_moment_lose_no_tower() -> None:
+    # Many, at random moments of rounds that are as short as can be: one lost report would be waited for, for ever.
+    passes("""
+import random
+model = towers(nn.Linear(3, 2), 2)
+x = torch.ones(4, 3)
+model(x)
+main, stopped = threading.main_thread().ident, False
+def interrupt():
+    while not stopped:
+        time.sleep(random.uniform(0.0, 0.004))
+        signal.pthread_kill(main, signal.SIGINT)
+        sent.wait(1)
+        sent.clear()
+sent, seen = threading.Event(), 0
+thread = threading.Thread(target=interrupt, daemon=True)
+thread.start()
+while seen < 300:
+    try:
+        while True:
+            model(x).sum()
+    except KeyboardInterrupt:
+        seen += 1
+        sent.set()
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+stopped = True
+sent.set()
+thread.join()
+assert torch.equal(model(x), model.module(x))
+""", 120)  # fmt: skip
+
+
 def test_interrupting_again_and_again_never_hangs() -> None:
     passes("""
 model = towers(Slow(0), 3, max_concurrency=3)
@@ -618,6 +767,11 @@ def test_a_loss_of_the_module_itself_in_place_of_its_replica_is_refused(num_towe
     for loss_fn, name in ((wrong, r"\d\.\w+"), (penalty, "2.weight")):
         with pytest.raises(ValueError, match=f"to use the replica that it is given, but .* own parameter '{name}'"):
             wrapped.tower_loss(loss_fn, batch(8))
+
+    for loss_fn in (wrong, penalty):  # what a partial is of counts, not that it is one
+        wrapped.tower_loss(functools.partial(lambda replica, x: replica(x).sum()), batch(8))
+        with pytest.raises(ValueError, match="to use the replica that it is given"):
+            wrapped.tower_loss(functools.partial(loss_fn), batch(8))
 
     def right(replica: Any, x: Tensor) -> Tensor:
         z = x.clone().requires_grad_()

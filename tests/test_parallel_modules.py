@@ -851,23 +851,6 @@ def test_an_auxiliary_loss_in_tower_loss_carries_its_full_weight() -> None:
     assert_same_gradients(wrapped, plain)
 
 
-@pytest.mark.xfail(strict=True, reason="attributes with a graph are detached: what an earlier forward left looks alike")
-def test_a_tensor_with_a_graph_that_the_user_puts_into_an_attribute_gets_gradients() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.scale = nn.Linear(3, 2).double(), None
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x) * self.scale
-
-    wrapped = wrap(Net(), 2)
-    source = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    wrapped.module.scale = source * 2
-    wrapped(batch(4)).sum().backward()
-    assert source.grad is not None
-
-
 def test_losses_collected_in_a_list_train_through_the_main_tower() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

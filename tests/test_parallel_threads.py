@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from tests.helpers import (
     wrap,
 )
 from torchtower import current_tower
+from torchtower.workers import TowerPool
 
 _PATIENCE_S = 20
 
@@ -605,3 +607,44 @@ def test_forward_in_one_thread_and_backward_in_another_work() -> None:
 def test_a_call_from_a_towers_own_forward_runs_in_that_tower() -> None:
     inner = wrap(nn.Linear(3, 2).double(), 2)
     assert_trains_alike(nn.Sequential(inner), 2, batch(5))
+
+
+def test_a_forward_never_takes_the_gradients_of_another_threads_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            time.sleep(0.4)  # half of the gradients are there, half are not
+            return grad
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Slow.apply(self.first(x)))
+
+    plain, wrapped = twins(Net(), 2)
+    plain(batch(4)).sum().backward()
+    out = wrapped(batch(4)).sum()
+    towers_done = threading.Event()
+    run = TowerPool.run
+
+    def run_and_wait(self: TowerPool, *args: Any, **options: Any) -> Any:
+        results = run(self, *args, **options)
+        if threading.current_thread() is forward:
+            towers_done.set()
+            time.sleep(0.2)  # a switch of threads right here, made certain
+        return results
+
+    monkeypatch.setattr(TowerPool, "run", run_and_wait)
+    forward = threading.Thread(target=lambda: wrapped(batch(4)))
+    forward.start()
+    assert towers_done.wait(10)
+    out.backward()
+    forward.join()
+    assert_same_gradients(wrapped, plain)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
+import types
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -202,13 +205,65 @@ def test_towers_may_fill_their_dicts_in_any_order() -> None:
     assert joined["a"].shape == (3, *rows(1).shape[1:]) and joined["b"].shape == (3, 5)
 
 
-def test_an_object_that_holds_tensors_and_is_no_container_is_refused() -> None:
-    class Out:
-        def __init__(self, scores: Tensor) -> None:
-            self.scores = scores
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = held
 
-    with pytest.raises(TypeError, match=r"the output\['a'\] to be of tensors in .* but got a Out that holds tensors"):
-        gather_structure([{"a": Out(rows(1))}, {"a": Out(rows(2))}], lambda parts, path: parts[0])
+
+class OfSlots:
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (Holder, "Holder"),
+        (lambda t: Holder([t]), "Holder"),
+        (lambda t: Holder(Holder({"a": t})), "Holder"),
+        (OfSlots, "OfSlots"),
+        (torch.distributions.Categorical, "Categorical"),
+        (lambda t: torch.distributions.Independent(torch.distributions.Normal(t, 1.0), 1), "Independent"),
+        (lambda t: (part for part in (t, t)), "generator"),
+        (lambda t: map(torch.relu, [t]), "map"),
+        (lambda t: {"a": t}.values(), "dict_values"),
+        (lambda t: lambda: t, "function"),
+        (lambda t: {t}, "set"),
+        (lambda t: collections.deque([t]), "deque"),
+        (lambda t: torch.nn.utils.rnn.pack_sequence([t]), "PackedSequence"),
+    ],
+)
+def test_an_object_that_holds_tensors_and_is_no_container_is_refused(make: Callable[[Tensor], Any], kind: str) -> None:
+    outputs = [{"a": make(rows(n).float().softmax(1))} for n in (1, 2)]
+    with pytest.raises(
+        TypeError, match=rf"the output\['a'\] to be of tensors in .* but got a {kind} that holds tensors"
+    ):
+        gather_structure(outputs, lambda parts, path: parts[0])
+
+
+def test_an_object_that_holds_no_tensor_comes_through() -> None:
+    found = Holder([1, "a", {"b": None}])
+    found.held.append(found)  # a cycle
+    assert gather_structure([found, found], lambda parts, path: parts[0]) is found
+
+
+def test_a_nested_tensor_is_refused_as_output() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="the output to be a tensor with rows, but got a nested one"):
+        gather_structure([nested, nested], lambda parts, path: parts[0])
+
+
+def test_namespaces_and_dataclasses_with_unset_fields_are_containers() -> None:
+    @dataclasses.dataclass
+    class Out:
+        a: Tensor
+        b: Tensor = dataclasses.field(init=False)
+
+    outputs = [types.SimpleNamespace(x=Out(rows(n))) for n in (1, 2)]
+    joined = gather_structure(outputs, lambda parts, path: torch.cat(parts))
+    assert len(joined.x.a) == 3 and not hasattr(joined.x, "b") and len(outputs[0].x.a) == 1
 
 
 def test_an_empty_container_reaches_the_towers_as_it_is() -> None:

@@ -10,7 +10,8 @@ hooks on the user's parameters, ``torch.autograd.grad``, accumulation and frozen
 What crosses the bridge does so through ports. A port knows how a value on the main side becomes one a tower and back:
 - shared: the same value for every tower; back, the weighted sum over towers (parameters, and each tower's loss).
 - rows: a part for each tower; back, the parts one after the other (inputs, gathered outputs).
-- solo: the main tower's alone (a tensor with a graph that its forward left in an attribute).
+- solo: one tower's alone (a tensor with a graph that the main tower's forward left in an attribute, or that any tower's
+  left with a hook).
 The towers' weights are applied only on the way back to the main side, never on the way in: what a tower computes is the
 gradient of its own loss, unscaled.
 

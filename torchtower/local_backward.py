@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -100,9 +100,25 @@ class LocalGrad(_Local):
         return results
 
 
-def leaves_of(output: Tensor) -> Iterator[Tensor]:
-    """The leaves that a backward from ``output`` accumulates into."""
-    pending: list[Any] = [output.grad_fn]
+def writable(leaf: Tensor) -> Tensor:
+    """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
+    result: Tensor = _Writable.apply(leaf)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Writable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]
+
+
+def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
+    """The leaves that a backward from ``outputs`` accumulates into."""
+    pending: list[Any] = [output.grad_fn for output in outputs if output is not None]
     seen: set[Any] = {None}
     while pending:
         node = pending.pop()

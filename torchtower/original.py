@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchtower.rewrite import is_small_container
+from torchtower.outside import Outside
+from torchtower.rewrite import container_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
@@ -68,7 +69,8 @@ class Original:
 
     Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and stand in
     plain attributes, lists and dicts count too, as the plain module would train them. Tensors there that lie elsewhere
-    than on the main device (a table on the CPU, a skeleton on the meta device) are left alone.
+    than on the main device (a table on the CPU, a skeleton on the meta device) are left alone. Tensors with a graph are
+    no parameters: every replica has leaves of its own for them, see `torchtower.replicate`.
 
     Args:
         module: the user's module.
@@ -77,7 +79,7 @@ class Original:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
-        self._device = device
+        self.device = device
         self.discover()
 
     def discover(self) -> None:
@@ -85,7 +87,7 @@ class Original:
         self.modules: list[nn.Module] = []
         self.containers: dict[int, list[Any]] = {}  # of each module, by its id
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
-        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers()}
+        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None}
         registered = {*parameters, *buffers}
         seen: set[int] = set()
         pending = [self.module]
@@ -100,15 +102,16 @@ class Original:
                 if isinstance(value, nn.Module):
                     if not self._is_ancestor(value):
                         pending.append(value)
-                elif id(value) not in registered and value.device != self._device:
+                elif value.grad_fn is not None or (id(value) not in registered and value.device != self.device):
                     continue
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
                     parameters.setdefault(id(value), value)
-                elif value is not None:
+                else:
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
+        self.outside = Outside(self.modules)
         self._watch = Watch(map(self._watched, self.modules))
         self._known_facts = self._facts()
 
@@ -147,6 +150,10 @@ class Original:
         """Take changes of our own making for seen."""
         self._watch.remember()
 
+    def forget(self) -> None:
+        """Let the next `changes` find that everything may have changed."""
+        self._known_facts = []
+
     def _facts(self) -> list[Any]:
         # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
         classes: list[Any] = list(map(type, self.modules))
@@ -181,13 +188,18 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         value = pending.pop()
         if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
-        elif is_small_container(value):
-            if not any(value is container for container in containers):
-                containers.append(value)
-                pending.extend(_values(value))
         elif isinstance(value, tuple):
             pending.extend(value)
+        elif (container := container_of(value)) is not None and not any(container is c for c in containers):
+            containers.append(container)
+            pending.extend(_values(container))
     return [value for value in found if value is not None], containers
+
+
+def graph_tensors(module: nn.Module) -> list[Tensor]:
+    """The tensors with a graph that a module's attributes hold."""
+    found, _ = _contents(module)
+    return list({id(v): v for v in found if isinstance(v, Tensor) and v.grad_fn is not None}.values())
 
 
 def is_lazy_module(module: nn.Module) -> bool:

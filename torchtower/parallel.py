@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +57,7 @@ class TowerParallel(Steps):
     Raises:
         ValueError: devices that do not exist or differ in type; parameters on another device than the main tower's
             (at the first call); an unknown ``buffers`` policy.
+        TypeError: ``module`` is none; ``dim`` or ``max_concurrency`` is no int.
         RuntimeError: CUDA towers without the CUDA kernels built in.
 
     Example:
@@ -78,6 +82,9 @@ class TowerParallel(Steps):
         nn.Module.__init__(self)
         if not isinstance(module, nn.Module):
             raise TypeError(f"TowerParallel: expected an nn.Module, but got {type(module).__name__}")
+        for name, value in (("dim", dim), ("max_concurrency", 1 if max_concurrency is None else max_concurrency)):
+            if not isinstance(value, int):
+                raise TypeError(f"TowerParallel: expected {name} to be an int, but got {value!r}")
         if max_concurrency is not None and max_concurrency < 1:
             raise ValueError(f"TowerParallel: expected max_concurrency of at least 1, but got {max_concurrency}")
         if buffers not in _BUFFER_POLICIES:
@@ -108,6 +115,7 @@ class TowerParallel(Steps):
         self._checked: set[Any] = set()
         self._lock = threading.RLock()
         self._closer: weakref.finalize[Any, Any] | None = None
+        _wrappers.add(self)
 
     @property
     def num_towers(self) -> int:
@@ -201,7 +209,8 @@ class TowerParallel(Steps):
             ``tower_loss`` and ``average_gradients`` of TensorFlow 1's CIFAR-10 tutorial.
         """
         if self._is_alone():
-            loss, _ = _loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
+            loss, weight = _loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
+            normalized_weights([1.0 if weight is None else weight], 1, "TowerParallel.tower_loss")
             self.tower_losses = [loss.detach()]
             return loss
         run = self._tower_loss_untraced if torch.compiler.is_compiling() else self._tower_loss_on_towers
@@ -236,16 +245,20 @@ class TowerParallel(Steps):
 
     def _check_once(self, loss_fn: Callable[..., Any], loss: Tensor) -> None:
         """At the first call of a function, see that its loss leads to replicas, not to the module itself."""
-        code = getattr(loss_fn, "__code__", type(loss_fn))
+        function: Any = loss_fn
+        while isinstance(function, functools.partial):
+            function = function.func
+        code = getattr(function, "__code__", type(function))
         if code in self._checked:
             return
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        for leaf in leaves_of(loss):
+        for leaf in leaves_of([loss]):
             if id(leaf) in names:
                 raise ValueError(
                     "TowerParallel.tower_loss: expected loss_fn to use the replica that it is given, but its loss "
                     f"depends on the module's own parameter '{names[id(leaf)]}', whose gradient would count in every "
-                    "tower anew"
+                    "tower anew; where loss_fn does use it, the module has a way back to itself that replicas cannot "
+                    "follow (docs/drop-in.md)"
                 )
         self._checked.add(code)
 
@@ -255,8 +268,8 @@ class TowerParallel(Steps):
 
         The first backward of a forward outside of it reduces all that was kept back, together with its own, into
         ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
-        stays untouched until then. Gradients kept back are dropped by this module's `zero_grad`, but no optimizer's
-        ``zero_grad`` knows of them.
+        stays untouched until then (with one tower nothing is kept back). Gradients kept back are dropped by this
+        module's `zero_grad`, but no optimizer's ``zero_grad`` knows of them.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
@@ -287,7 +300,8 @@ class TowerParallel(Steps):
         self._held.drop()
 
     def _is_alone(self) -> bool:
-        return self.num_towers == 1 or current_tower() is not None or transforming()
+        # While the interpreter shuts down, no other thread runs.
+        return self.num_towers == 1 or current_tower() is not None or transforming() or sys.is_finalizing()
 
     def _module_here(self) -> Any:
         # A loss function that calls the wrapper itself means its tower's replica.
@@ -340,6 +354,17 @@ class TowerParallel(Steps):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._start()
+
+
+def _start_all() -> None:
+    # In a forked child: another thread may have been in the middle of a forward.
+    for wrapper in list(_wrappers):
+        wrapper._start()
+
+
+_wrappers: weakref.WeakSet[TowerParallel] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_all)
 
 
 def _call_module(replica: nn.Module, shard: Any) -> Any:

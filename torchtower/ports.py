@@ -22,20 +22,22 @@ class Port:
         device: where its value on the main side lives.
         sizes: of rows: how many each tower has along ``dim``; None for 0-d tensors, one element a tower.
         dim: of rows.
+        tower: of solo: whose it is.
     """
 
     kind: str
     device: torch.device
     sizes: tuple[int, ...] | None = None
     dim: int = 0
+    tower: int = 0
 
     def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:
         """The part of ``value`` that each tower gets, still on the main side's device."""
         if self.kind == "shared":
             return [value] * len(weights)
         if self.kind == "solo":  # undoes the weight that the way back applies: nobody asked for one here
-            own = value / weights[0] if weights[0] else None
-            return [own, *[None] * (len(weights) - 1)]
+            weight = weights[self.tower]
+            return [value / weight if weight and t == self.tower else None for t in range(len(weights))]
         if self.sizes is None:
             return list(value.unbind())
         return list(value.split_with_sizes(list(self.sizes), self.dim))
@@ -65,7 +67,7 @@ def join(
                 shared.append(index)
             elif port.kind == "rows":
                 results[index] = _join_rows(port, column, weights)
-            elif (value := column[0]) is not None:
+            elif (value := column[port.tower]) is not None:
                 results[index] = value.detach()
         sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place)
         for index, total in zip(shared, sums, strict=True):

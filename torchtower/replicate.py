@@ -8,11 +8,16 @@ weights for any number of towers, and changing it between forward and backward r
 tower's replica holds the original's buffers themselves, so that what it writes persists; the others hold copies, made
 afresh before every forward. Replicas live as long as the original keeps its shape: a compiled module must not compile
 again, RNN weights are flattened once.
+
+A tensor with a graph that an attribute holds (what an earlier forward left there, or the user) is represented by a leaf
+in each replica. The user's graph behind it is joined on only where a forward has used it: a backward must not walk into
+what it does not need, an earlier backward may have freed it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import chain
 from operator import is_
@@ -22,23 +27,40 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.devices import version_of
-from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of
+from torchtower.local_backward import writable
+from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.remote import RemoteStorage, copy_together
-from torchtower.rewrite import Translation, is_small_container
+from torchtower.rewrite import Translation, container_of
 from torchtower.scripted import install, is_scripted, twin_of
 
-# Where a forward may put something new: the module's attributes, these dicts, and its own small lists and dicts.
+# Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
 _DELETED = object()
+
+
+class Place(NamedTuple):
+    """A container that a forward may write to."""
+
+    kind: str  # "attributes", "structure" (of the above) or "container"
+    target: Any  # the original's
+    twin: Any  # the replica's
+    installed: Any  # what the replica's held before its forward
 
 
 class Written(NamedTuple):
     """Something that a forward of the main tower's replica left behind."""
 
     module: nn.Module  # the original's
-    place: str  # "" for a plain attribute, else the name of the attribute that holds the list or dict
+    place: Place
     name: Any  # the attribute or key; None where the whole contents of a list or set is the value
     value: Any
+
+
+class Link(NamedTuple):
+    """A tensor with a graph in an attribute, and the leaf that stands for it in this replica."""
+
+    source: weakref.ref[Tensor]
+    leaf: Tensor
 
 
 class Replica:
@@ -58,7 +80,8 @@ class Replica:
         self._remote = None if aliases else RemoteStorage(device)
         self._to_replica = Translation()
         self._leaf_facts: dict[int, tuple[Any, ...]] = {}
-        self._installed: dict[int, dict[str, dict[str, Any]]] = {}
+        self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
+        self._links: dict[int, list[Link]] = {}
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
 
@@ -125,6 +148,8 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
+        sources = graph_tensors(module)
+        self._links[id(module)] = [self._link(source) for source in sources]
         dicts = {}
         for name, value in dicts_of(module).items():
             # The same dict object each time, since a watch holds on to it; never the original's.
@@ -135,24 +160,38 @@ class Replica:
             install(module, twin, self._to_replica)
         else:
             attributes = {
-                name: self._to_replica(_without_graph(value))
-                for name, value in module.__dict__.items()
-                if name not in MODULE_DICTS
+                name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS
             }
             twin.__dict__.clear()
             twin.__dict__.update(attributes, **dicts)
             if type(twin) is not type(module):  # a parametrization changes a module's class
                 object.__setattr__(twin, "__class__", type(module))
-        self._installed[id(module)] = {place: copy(entries) for place, entries in _places(twin).items()}
+        for source in sources:  # which must not live longer than the module holds it
+            self._to_replica.remove(source)
+        self._places[id(module)] = list(_places(module, twin))
+
+    def _link(self, source: Tensor) -> Link:
+        """Make a leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = source.detach()
+            if not self._is_main and leaf.device == self._original.device:
+                leaf = leaf.to(self.device, copy=True)
+            leaf.requires_grad_()
+            self._to_replica.add(source, writable(leaf))
+        return Link(weakref.ref(source), leaf)
+
+    def links(self) -> list[Link]:
+        """All of them, in the same order in every replica."""
+        return [link for module in self._original.modules for link in self._links[id(module)]]
 
     def _watch_own(self) -> None:
-        twins = map(self._to_replica.get, self._original.modules)
-        self._own = Watch(_places(twin).values() for twin in twins)
+        self._own = Watch((place.twin for place in self._places[id(m)]) for m in self._original.modules)
 
     def follow(self, changed: Iterable[nn.Module]) -> None:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
         modules = self._original.modules
         stale = {id(module): module for module in changed}
+        stale.update((id(module), module) for module in modules if self._links[id(module)])
         stale.update((id(modules[index]), modules[index]) for index in self._own.changed())
         for module in stale.values():
             self._install(module)
@@ -191,11 +230,9 @@ class Replica:
         found = []
         for index in self._own.changed():
             module = self._original.modules[index]
-            before = self._installed[id(module)]
-            for place, entries in _places(self._to_replica.get(module)).items():
-                if place in before:
-                    found += [Written(module, place, *change) for change in _differences(before[place], entries)]
-        return [item for item in found if item.place or item.name not in MODULE_DICTS]
+            for place in self._places[id(module)]:
+                found += [Written(module, place, *change) for change in _differences(place.installed, place.twin)]
+        return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""
@@ -208,8 +245,8 @@ class Replica:
 
 def write_back(written: Sequence[Written], translate: Translation) -> None:
     """Do to the original what the main tower's forward did to its replica."""
-    for module, place, name, value in written:
-        target: Any = module.__dict__[place] if place else module.__dict__
+    for _, place, name, value in written:
+        target = place.target
         if value is _DELETED:
             target.pop(name, None)
         elif name is None:
@@ -220,12 +257,33 @@ def write_back(written: Sequence[Written], translate: Translation) -> None:
             target[name] = translate(value)
 
 
-def _places(twin: nn.Module) -> dict[str, Any]:
+def _places(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
     if is_scripted(twin):
-        return {}
-    attributes = twin.__dict__
-    own = {name: value for name, value in attributes.items() if is_small_container(value) and name not in MODULE_DICTS}
-    return {"": attributes, **{name: attributes[name] for name in _WRITTEN_DICTS}, **own}
+        return
+    yield _place("attributes", module.__dict__, twin.__dict__)
+    for name in _WRITTEN_DICTS:
+        yield _place("structure", module.__dict__[name], twin.__dict__[name])
+    pending = [(value, twin.__dict__[name]) for name, value in module.__dict__.items() if name not in MODULE_DICTS]
+    seen = set()
+    while pending:
+        value, copied = pending.pop()
+        if isinstance(value, tuple):
+            pending.extend(zip(value, copied, strict=True))
+        elif (target := container_of(value)) is not None and id(target) not in seen:
+            seen.add(id(target))
+            place = _place("container", target, container_of(copied))
+            yield place
+            pending.extend(zip(_values(target), _values(place.twin), strict=True))
+
+
+def _place(kind: str, target: Any, twin: Any) -> Place:
+    return Place(kind, target, twin, copy(twin))
+
+
+def _values(container: Any) -> list[Any]:
+    if isinstance(container, set):  # in no order; holds no containers
+        return []
+    return list(container.values() if isinstance(container, dict) else container)
 
 
 def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
@@ -234,13 +292,6 @@ def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
         return [] if same else [(None, list(now))]
     changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
     return changed + [(name, _DELETED) for name in before.keys() - now.keys()]
-
-
-def _without_graph(value: Any) -> Any:
-    # An attribute left by an earlier forward must not lead this tower's backward into the user's graph.
-    if isinstance(value, Tensor) and value.grad_fn is not None:
-        return value.detach()
-    return value
 
 
 def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:

@@ -7,26 +7,42 @@ closes over the original module: a replica that kept it would silently run the o
 
 from __future__ import annotations
 
+import copy as copying
+import dataclasses
 import functools
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, set, OrderedDict, deque)
-_HOLDERS = (*_CONTAINERS, tuple)
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
 # A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
-_SMALL = 64
+_SMALL = 1024
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
 
 
 def is_small_container(value: Any) -> bool:
     """Whether ``value`` is a list, dict or the like that towers get copies of."""
     return type(value) in _CONTAINERS and len(value) <= _SMALL
+
+
+def _is_record(value: Any) -> bool:
+    """Whether ``value`` is a dataclass's or a SimpleNamespace, whose attributes towers get copies of."""
+    kind = type(value)
+    return kind is types.SimpleNamespace or (
+        dataclasses.is_dataclass(kind) and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+    )
+
+
+def container_of(value: Any) -> Any:
+    """What is watched of an attribute's value: a small list, dict or the like itself, the attributes of a record."""
+    if is_small_container(value):
+        return value
+    return vars(value) if _is_record(value) else None
 
 
 class Translation:
@@ -44,6 +60,10 @@ class Translation:
     def add(self, source: Any, target: Any) -> None:
         """Let ``source`` be translated to ``target``."""
         self._table[id(source)] = (source, target)
+
+    def remove(self, source: Any) -> None:
+        """Let ``source`` be translated to itself again."""
+        del self._table[id(source)]
 
     def get(self, source: Any) -> Any:
         """What ``source`` itself is translated to; None if it is not in the table."""
@@ -66,14 +86,15 @@ class Translation:
         translate = _TRANSLATORS.get(kind)
         if translate is None and isinstance(value, tuple):
             translate = _translate_tuple
+        elif translate is None and _is_record(value):
+            translate = _translate_record
         if translate is None:
             return value
         if id(value) not in done:
             done[id(value)] = value  # a cycle meets the original; rewriting it twice would never end
-            copy = copy and kind in _HOLDERS
-            done[id(value)] = translate(
-                value, lambda part: self._translate(part, done, copy), copy and is_small_container(value)
-            )
+            copy = copy and (kind in _CONTAINERS or translate in (_translate_tuple, _translate_record))
+            always = copy and (is_small_container(value) or translate is _translate_record)
+            done[id(value)] = translate(value, lambda part: self._translate(part, done, copy), always)
         return done[id(value)]
 
 
@@ -98,7 +119,20 @@ def _translate_dict(value: Any, translate: _Translate, always: bool) -> Any:
     if not (always or _changed(before, after)):
         return value
     half = len(value)
-    return type(value)(zip(after[:half], after[half:], strict=True))
+    rebuilt = copying.copy(value)  # keeps a default_factory
+    rebuilt.clear()
+    rebuilt.update(dict(zip(after[:half], after[half:], strict=True)))
+    return rebuilt
+
+
+def _translate_record(value: Any, translate: _Translate, always: bool) -> Any:
+    before = list(vars(value).values())
+    after = [translate(item) for item in before]
+    if not (always or _changed(before, after)):
+        return value
+    rebuilt = copying.copy(value)
+    vars(rebuilt).update(zip(vars(value), after, strict=True))
+    return rebuilt
 
 
 def _translate_tuple(value: Any, translate: _Translate, always: bool) -> Any:
@@ -132,7 +166,7 @@ def _translate_reference(value: Any, translate: _Translate, always: bool) -> Any
 
 def _translate_function(value: Any, translate: _Translate, always: bool) -> Any:
     cells = value.__closure__ or ()
-    before = [_content(cell) for cell in cells] + list(value.__defaults__ or ())
+    before = [cell_content(cell) for cell in cells] + list(value.__defaults__ or ())
     keywords = value.__kwdefaults__ or {}
     before += [*keywords.values(), *value.__dict__.values()]
     after = [translate(item) for item in before]
@@ -150,10 +184,11 @@ def _translate_function(value: Any, translate: _Translate, always: bool) -> Any:
     return copied
 
 
-def _content(cell: types.CellType) -> Any:
+def cell_content(cell: types.CellType) -> Any:
+    """What a function closes over; None of a cell that is not filled yet."""
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:
         return None
 
 
@@ -164,6 +199,8 @@ _TRANSLATORS: dict[type, Callable[[Any, _Translate, bool], Any]] = {
     deque: _translate_sequence,
     dict: _translate_dict,
     OrderedDict: _translate_dict,
+    defaultdict: _translate_dict,
+    Counter: _translate_dict,
     functools.partial: _translate_partial,
     types.MethodType: _translate_method,
     types.FunctionType: _translate_function,

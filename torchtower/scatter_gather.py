@@ -1,19 +1,24 @@
 """Nested batches in, outputs back: split every tensor by rows over the towers, join what the towers return.
 
-Both walk containers of any depth (tuples, named tuples, lists, dicts and their subclasses, dataclasses) and hand each
-tensor to a function; what the tensors mean to autograd is the bridge's business.
+Both walk containers of any depth (tuples, named tuples, lists, dicts and their subclasses, dataclasses,
+SimpleNamespaces) and hand each tensor to a function; what the tensors mean to autograd is the bridge's business.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, ValuesView
+from itertools import islice
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+
+from torchtower.rewrite import cell_content
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -53,9 +58,16 @@ def _children(value: Any) -> list[Any] | None:
         return list(value.values())
     if isinstance(value, (tuple, list)):
         return list(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return [getattr(value, name) for name in _fields(value)]
     return None
+
+
+def _fields(value: Any) -> list[str]:
+    if isinstance(value, SimpleNamespace):
+        return list(vars(value))
+    # A field may have no value yet (``field(init=False)``).
+    return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
 
 
 def _rebuild(value: Any, children: list[Any]) -> Any:
@@ -74,8 +86,8 @@ def _rebuild(value: Any, children: list[Any]) -> Any:
         rebuilt[:] = children
         return rebuilt
     rebuilt = copy.copy(value)
-    for field, child in zip(dataclasses.fields(value), children, strict=True):
-        object.__setattr__(rebuilt, field.name, child)  # frozen dataclasses refuse setattr
+    for name, child in zip(_fields(value), children, strict=True):
+        object.__setattr__(rebuilt, name, child)  # frozen dataclasses refuse setattr
     return rebuilt
 
 
@@ -157,15 +169,17 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
-        TypeError: an object that holds tensors and is no container.
+        TypeError: a nested tensor, or an object that holds tensors and is none of these containers.
     """
     first = outputs[0]
     if isinstance(first, Tensor):
+        if first.is_nested:
+            raise TypeError(f"TowerParallel: expected {path} to be a tensor with rows, but got a nested one")
         for tower, other in enumerate(outputs):
             if not isinstance(other, Tensor):
                 raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
         return join(list(outputs), path)
-    children = [_children(output) for output in outputs]
+    children = [None if isinstance(output, PackedSequence) else _children(output) for output in outputs]
     if children[0] is None:
         return _same_everywhere(outputs, path)
     names = _names(first)
@@ -207,7 +221,7 @@ def _names(value: Any) -> list[Any]:
         return list(value)
     if isinstance(value, (tuple, list)):
         return list(getattr(value, "_fields", range(len(value))))
-    return [field.name for field in dataclasses.fields(value)]
+    return _fields(value)
 
 
 def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
@@ -216,7 +230,7 @@ def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
 
 def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
     first = outputs[0]
-    if any(isinstance(value, Tensor) for value in getattr(first, "__dict__", {}).values()):
+    if _holds_tensors(first):
         raise TypeError(
             f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be "
             f"joined, but got a {type(first).__name__} that holds tensors; return these"
@@ -225,6 +239,38 @@ def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
         if other is not first and (type(other) is not type(first) or not _equal(first, other)):
             raise ValueError(_differ(path, repr(first), tower, repr(other)))
     return first
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether an object leads to a tensor: by attributes, containers or what a function closes over."""
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, (Tensor, Iterator)):  # what an iterator will yield, nobody knows
+            return True
+        if id(value) in seen or isinstance(value, (*_PLAIN, nn.Module, type, ModuleType)):
+            continue
+        seen.add(id(value))
+        pending.extend(_parts_of(value))
+    return False
+
+
+# Neither these nor the parts of a larger container than this are looked into for tensors.
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
+_LARGE = 64
+
+
+def _parts_of(value: Any) -> list[Any]:
+    if isinstance(value, (Mapping, ValuesView)):
+        return list(islice(value.values() if isinstance(value, Mapping) else value, _LARGE))
+    if isinstance(value, (tuple, list, set, frozenset, deque)):
+        return list(islice(value, _LARGE))
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    parts = [getattr(value, name) for name in slots if isinstance(name, str) and hasattr(value, name)]
+    parts.extend(getattr(value, "__dict__", {}).values())
+    parts.extend(cell_content(cell) for cell in getattr(value, "__closure__", None) or ())
+    return parts
 
 
 def _equal(first: Any, other: Any) -> bool:

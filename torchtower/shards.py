@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchtower.devices import move
+from torchtower.local_backward import writable
 from torchtower.ports import Port
 from torchtower.scatter_gather import Splits, map_tensors, plan_splits, tensors_in
 
@@ -71,7 +72,7 @@ class Shards:
                 part = move(part.detach(), device)
                 if (port := self._port_of.get(id(tensor))) is not None:
                     leaves[port] = part.requires_grad_()
-                    part = _Writable.apply(part)  # type: ignore[no-untyped-call]
+                    part = writable(part)
                 taken[id(tensor)] = part
             return taken[id(tensor)]
 
@@ -111,15 +112,3 @@ def _with_own_counters(parts: list[Tensor] | None) -> list[Tensor] | None:
     # The parts of one tensor share its version counter: what one tower wrote into its own would spoil what the others
     # have saved for backward.
     return None if parts is None else [part.data for part in parts]
-
-
-class _Writable(torch.autograd.Function):
-    """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:
-        return leaf.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0]

@@ -15,10 +15,12 @@ from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.original import MODULE_DICTS, Original
+from torchtower.local_backward import leaves_of
+from torchtower.original import Original
+from torchtower.outside import Slot, exchange
 from torchtower.ports import Port
 from torchtower.replicate import Replica, Written, write_back
-from torchtower.rewrite import is_small_container
+from torchtower.rewrite import container_of
 from torchtower.scatter_gather import tensors_in
 from torchtower.scripted import is_training
 from torchtower.shards import Shards
@@ -89,13 +91,41 @@ class Towers:
 
             return job
 
-        outputs = self.pool.run([job_of(t) for t in range(len(taken))], in_turn=self._in_turn)
-        self._in_turn = False
-        self._take_over_data()
-        self._accumulate_inner_gradients()
+        self._original.outside.remember()
+        with self.pool.alone():
+            outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
         shards.pass_on_writes()
         self._pool_buffers(shards.splits.rows)
         return ForwardResult(self, shards, outputs, taken)
+
+    def _run_jobs(self, jobs: list[Callable[[], Any]]) -> list[Any]:
+        if self._take_gradients():
+            raise RuntimeError(
+                "TowerParallel: expected gradients to reach the parameters through outputs, attributes or what hooks "
+                "keep, but a backward since the last call went through a tensor that a tower's forward has left "
+                "elsewhere (in a class attribute, say), and its gradients are lost; return that tensor"
+            )
+        try:
+            outputs = self.pool.run(jobs, in_turn=self._in_turn)
+        finally:
+            inner_gradients = self._take_gradients()
+        self._in_turn = False
+        self._take_over_flags()
+        self._take_over_data()
+        if inner_gradients:
+            self._accumulate_inner_gradients(inner_gradients)
+        return outputs
+
+    def _take_over_flags(self) -> None:
+        """Freeze and thaw the parameters that the main tower's forward has frozen and thawed."""
+        parameters = self._original.parameters
+        leaves = self._replicas[0].leaves
+        now = [leaf.requires_grad for leaf in leaves]
+        if now != [parameter.requires_grad for parameter in parameters]:
+            for parameter, leaf, flag in zip(parameters, leaves, now, strict=True):
+                if not leaf.is_inference():  # which can have no flag
+                    parameter.requires_grad_(flag)
+            self._original.forget()
 
     def _take_over_data(self) -> None:
         """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone."""
@@ -106,19 +136,23 @@ class Towers:
             for replica in self._replicas:
                 replica.put_back_leaves()
 
-    def _accumulate_inner_gradients(self) -> None:
-        """Give the parameters what a backward within the forward has left in the replicas, summed over towers."""
+    def _take_gradients(self) -> list[list[Grad]]:
+        """What the replicas' leaves have been given beside a backward of ours, tower-major; [] if nothing."""
         towers: list[list[Grad]] = [[leaf.grad for leaf in replica.leaves] for replica in self._replicas]
         if {type(None)}.issuperset(map(type, chain.from_iterable(towers))):  # nearly always
-            return
+            return []
+        for replica in self._replicas:
+            for leaf in replica.leaves:
+                leaf.grad = None
+        return towers
+
+    def _accumulate_inner_gradients(self, towers: list[list[Grad]]) -> None:
+        """Give the parameters what a backward within the forward has left in the replicas, summed over towers."""
         totals = weighted_sum(list(zip(*towers, strict=True)), [1.0] * len(towers), in_place=False)
         for parameter, total in zip(self._original.parameters, totals, strict=True):
             if total is not None:
                 total = move(total, parameter.device)
                 parameter.grad = total if parameter.grad is None else parameter.grad + total
-        for replica in self._replicas:
-            for leaf in replica.leaves:
-                leaf.grad = None
 
     def _follow(self) -> None:
         changes = self._original.changes()
@@ -154,9 +188,9 @@ class Towers:
         main = self.pool.devices[0]
         for tensor in (*self._original.parameters, *self._original.buffers):
             if tensor.device != main:
-                raise ValueError(
-                    f"TowerParallel: expected the module's parameters and buffers on {main}, the main tower's device "
-                    f"(device_ids[0]), but found one on {tensor.device}; move it there with module.to('{main}')"
+                raise _MisplacedModuleError(
+                    f"TowerParallel: module must have its parameters and buffers on device {main} (device_ids[0]) but "
+                    f"found one of them on device: {tensor.device}; move it there with module.to('{main}')"
                 )
 
     def _pool_buffers(self, rows: list[int]) -> None:
@@ -184,12 +218,20 @@ class Towers:
     ) -> list[Grad]:
         """Connect the towers' outputs to the user's graph; takes over what the main tower's forward wrote."""
         self._written = self._replicas[0].written()
-        left_behind = _graph_tensors(self._written)
-        ports = [*out_ports, *[Port("solo", tensor.device) for tensor in left_behind]]
-        nothing: list[Grad] = [None] * len(left_behind)
-        rest: list[list[Grad]] = [list(left_behind), *[nothing for _ in outputs[1:]]]
+        left_behind = [(0, tensor) for tensor in _graph_tensors(self._written)]
+        kept = self._kept_outside(leaves)
+        left_behind += [(tower, tensor) for _, tower, tensors in kept for tensor in tensors]
+        ports = [*out_ports, *[Port("solo", tensor.device, tower=tower) for tower, tensor in left_behind]]
+        local_outputs: list[list[Grad]] = [
+            [*own, *[tensor if tower == index else None for tower, tensor in left_behind]]
+            for index, own in enumerate(outputs)
+        ]
         parameters = self._original.parameters
-        local_inputs = [[*replica.leaves, *own] for replica, own in zip(self._replicas, leaves, strict=False)]
+        linked, link_leaves = self._used_links(local_outputs)
+        local_inputs = [
+            [*replica.leaves, *links, *own]
+            for replica, links, own in zip(self._replicas, link_leaves, leaves, strict=False)
+        ]
         aliases = shards.aliases()
 
         def on_backward() -> None:
@@ -207,24 +249,61 @@ class Towers:
                 Streams(self.pool.devices),
                 self.synchronize,
             ),
-            [*self._ports, *shards.ports],
+            [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
             local_inputs,
             ports,
-            [[*a, *b] for a, b in zip(outputs, rest, strict=True)],
+            local_outputs,
         )
-        values = bridge.connect([*parameters, *shards.main_inputs])
-        self._write_back(left_behind, values[len(out_ports) :])
+        values = bridge.connect([*parameters, *linked, *shards.main_inputs])
+        connected: dict[int, Any] = {
+            id(local): main for (_, local), main in zip(left_behind, values[len(out_ports) :], strict=True)
+        }
+        self._write_back(left_behind, connected)
+        exchange([slot for slot, _, _ in kept], connected)
         return values[: len(out_ports)]
 
-    def _write_back(self, left_behind: list[Tensor], connected: list[Grad]) -> None:
+    def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Grad]]]:
+        """The tensors with a graph, in attributes, that some tower has used; and their leaves, tower-major."""
+        rows = list(zip(*[replica.links() for replica in self._replicas[: len(local_outputs)]], strict=True))
+        reached = set(map(id, leaves_of(chain.from_iterable(local_outputs)))) if rows else set()
+        used = [
+            (source, [link.leaf for link in row])
+            for row in rows
+            if any(id(link.leaf) in reached for link in row) and (source := row[0].source()) is not None
+        ]
+        leaves: list[list[Grad]] = [[column[tower] for _, column in used] for tower in range(len(local_outputs))]
+        return [source for source, _ in used], leaves
+
+    def _kept_outside(self, leaves: list[list[Grad]]) -> list[tuple[Slot, int, list[Tensor]]]:
+        """What hooks have kept outside of the module: where, of which tower, which tensors."""
+        found = self._original.outside.new()
+        if not found:
+            return []
+        tower_of = {
+            id(leaf): tower
+            for tower, (replica, own) in enumerate(zip(self._replicas, leaves, strict=False))
+            for leaf in (*replica.leaves, *[link.leaf for link in replica.links()], *own)
+        }
+        kept = []
+        for slot, tensors in found:
+            towers = {tower_of[id(leaf)] for leaf in leaves_of(tensors) if id(leaf) in tower_of}
+            if len(towers) == 1:
+                kept.append((slot, towers.pop(), tensors))
+        return kept
+
+    def _write_back(self, left_behind: list[tuple[int, Tensor]], connected: dict[int, Any]) -> None:
         if not self._written:
             return
         translate = self._replicas[0].to_original()
-        for local, main in zip(left_behind, connected, strict=True):
-            translate.add(local, main)
+        for _, local in left_behind:
+            translate.add(local, connected[id(local)])
         write_back(self._written, translate)
         if not any(map(_is_structural, self._written)):
             self._original.remember()
+
+
+class _MisplacedModuleError(ValueError, RuntimeError):
+    """Bad input as everywhere here, and with the type and the words that programs know from nn.DataParallel."""
 
 
 class ForwardResult:
@@ -262,7 +341,9 @@ def _graph_tensors(written: Sequence[Written]) -> list[Tensor]:
 def _is_structural(written: Written) -> bool:
     """Whether the replicas must be made anew: they would share what they do not know."""
     values = written.value if written.name is None else [written.value]
-    return written.place in MODULE_DICTS or any(isinstance(v, nn.Module) or is_small_container(v) for v in values)
+    return written.place.kind == "structure" or any(
+        isinstance(value, nn.Module) or container_of(value) is not None for value in values
+    )
 
 
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:
