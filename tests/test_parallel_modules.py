@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import io
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -980,14 +982,31 @@ class SelfReferring(nn.Module):
         self.by_parent = [self]
         self.by_weight = [self.weight]
 
+        def recursive(x: Tensor, depth: int = 2) -> Tensor:
+            return recursive(x, depth - 1) if depth else self.scaled(x)
+
+        self.by_recursion = recursive
+        visitors: dict[str, Any] = {}
+        visitors["leaf"] = lambda x: self.scaled(x)
+        visitors["node"] = lambda x: visitors["leaf"](x)
+        self.by_each_other = visitors["node"]
+        self.by_builtin = {"scaled": self.scaled}.get
+        self.by_weak_method = weakref.WeakMethod(self.scaled)
+        self.by_defaultdict = collections.defaultdict(list, scaled=[self.scaled])
+        self.by_record = types.SimpleNamespace(scaled=self.scaled)
+        self.by_cycle: list[Any] = [self.scaled]
+        self.by_cycle.append((self.by_cycle,))
+
     def scaled(self, x: Tensor) -> Tensor:
         return x * self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)
         way = getattr(self, f"by_{self.way}")
-        if self.way in ("method", "partial", "closure", "default"):
+        if self.way in CALLABLE:
             return way(x)
+        if self.way in HOLDING:
+            return HOLDING[self.way](way)(x)
         if self.way == "reference":
             return way().scaled(x)
         if self.way == "parent":
@@ -999,7 +1018,15 @@ class SelfReferring(nn.Module):
         return self.scaled(fc(x))
 
 
-WAYS = ["method", "partial", "closure", "list", "dict", "tuple", "set", "reference", "default", "parent", "weight"]
+CALLABLE = ["method", "partial", "closure", "default", "recursion", "each_other"]
+HOLDING: dict[str, Callable[[Any], Any]] = {
+    "builtin": lambda way: way("scaled"),
+    "weak_method": lambda way: way(),
+    "defaultdict": lambda way: way["scaled"][0],
+    "record": lambda way: way.scaled,
+    "cycle": lambda way: way[1][0][0],
+}
+WAYS = [*CALLABLE, *HOLDING, "list", "dict", "tuple", "set", "reference", "parent", "weight"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -1007,6 +1034,17 @@ def test_attributes_that_lead_back_to_the_module_lead_to_the_towers_own(way: str
     plain, wrapped = SelfReferring(way).double(), SelfReferring(way).double()
     wrapped.load_state_dict(plain.state_dict())
     steps_follow(plain, wrap(wrapped, 3), lambda step: batch(7, seed=step))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_derivatives_through_attributes_that_lead_back_to_the_module_are_the_plain_modules(way: str) -> None:
+    # A tower that used the original's parameters would leave their gradients there itself, and return none.
+    plain, wrapped = SelfReferring(way).double(), wrap(SelfReferring(way).double(), 3)
+    wrapped.module.load_state_dict(plain.state_dict())
+    grads = [torch.autograd.grad(net(batch(7)).square().mean(), list(net.parameters())) for net in (plain, wrapped)]
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        assert_close(ours, theirs)
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
 
 
 def test_lists_of_submodules_outside_of_module_lists_are_trained() -> None:

@@ -13,13 +13,12 @@ import functools
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque)
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+_CONTAINERS = (*_DICTS, list, set, deque)
 # A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
 _SMALL = 1024
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
@@ -72,116 +71,148 @@ class Translation:
 
     def __call__(self, value: Any) -> Any:
         """``value`` itself where nothing in it is in the table, else a translated copy of it."""
-        return self._translate(value, {}, self._copy_containers)
-
-    def _translate(self, value: Any, done: dict[int, Any], copy: bool) -> Any:
-        kind = type(value)
-        if kind in _ATOMS:
+        if type(value) in _ATOMS:
             return value
-        entry = self._table.get(id(value))
-        if entry is not None:
+        if (entry := self._table.get(id(value))) is not None:
             return entry[1]
         if isinstance(value, (Tensor, nn.Module)):
             return value
-        translate = _TRANSLATORS.get(kind)
-        if translate is None and isinstance(value, tuple):
-            translate = _translate_tuple
-        elif translate is None and _is_record(value):
-            translate = _translate_record
-        if translate is None:
+        return _Copy(self._table, value).of(value, self._copy_containers)
+
+
+class _Copy:
+    """One translated copy of a value that may lead back to itself.
+
+    Args:
+        table: as of `Translation`.
+        root: the value.
+    """
+
+    def __init__(self, table: dict[int, tuple[Any, Any]], root: Any) -> None:
+        self._table = table
+        self._done: dict[int, Any] = {}
+        self._leading = self._find_leading(root)
+
+    def _find_leading(self, root: Any) -> set[int]:
+        """The ids of what leads from ``root`` to something in the table: these must be copied."""
+        holders_of: dict[int, list[int]] = {id(root): []}
+        leading: set[int] = set()
+        pending = [root]
+        while pending:
+            holder = pending.pop()
+            for part in () if id(holder) in self._table else _parts_of(holder) or ():
+                if id(part) in self._table:
+                    leading.add(id(holder))
+                elif id(part) in holders_of:
+                    holders_of[id(part)].append(id(holder))
+                elif type(part) not in _ATOMS:
+                    holders_of[id(part)] = [id(holder)]
+                    pending.append(part)
+        spreading = list(leading)
+        while spreading:
+            new = [holder for holder in holders_of[spreading.pop()] if holder not in leading]
+            leading.update(new)
+            spreading.extend(new)
+        return leading
+
+    def of(self, value: Any, copy: bool) -> Any:
+        """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
+        if type(value) in _ATOMS:
             return value
-        if id(value) not in done:
-            done[id(value)] = value  # a cycle meets the original; rewriting it twice would never end
-            copy = copy and (kind in _CONTAINERS or translate in (_translate_tuple, _translate_record))
-            always = copy and (is_small_container(value) or translate is _translate_record)
-            done[id(value)] = translate(value, lambda part: self._translate(part, done, copy), always)
-        return done[id(value)]
+        if (entry := self._table.get(id(value))) is not None:
+            return entry[1]
+        if id(value) in self._done:
+            return self._done[id(value)]
+        copy = copy and (isinstance(value, tuple) or container_of(value) is not None)
+        if id(value) not in self._leading and not copy:
+            return value
+        self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
+        if type(value) in _CONTAINERS or _is_record(value):
+            self._done[id(value)] = copying.copy(value)  # keeps a default_factory, a maxlen
+            _refill(self._done[id(value)], [self.of(part, copy) for part in _parts_of(value) or ()])
+        elif isinstance(value, types.FunctionType):
+            self._done[id(value)] = self._function(value)
+        else:
+            self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in _parts_of(value) or ()])
+        return self._done[id(value)]
+
+    def _immutable(self, value: Any, parts: list[Any]) -> Any:
+        if not _changed(_parts_of(value) or [], parts):
+            return value
+        if isinstance(value, functools.partial):
+            split = 1 + len(value.args)
+            return functools.partial(parts[0], *parts[1:split], **dict(zip(value.keywords, parts[split:], strict=True)))
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, parts[0])
+        if isinstance(value, types.BuiltinMethodType):
+            return getattr(parts[0], value.__name__)
+        if isinstance(value, weakref.WeakMethod):
+            method: Any = value()
+            return weakref.WeakMethod(types.MethodType(method.__func__, parts[0]))
+        if isinstance(value, weakref.ref):
+            return weakref.ref(parts[0])
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+    def _function(self, value: types.FunctionType) -> types.FunctionType:
+        def leads(part: Any) -> bool:
+            return id(part) in self._table or id(part) in self._leading
+
+        # A cell is shared unless what it holds must be another, so that a hook's ``nonlocal`` reaches its user.
+        cells = value.__closure__ or ()
+        closure = tuple(types.CellType() if leads(cell_content(cell)) else cell for cell in cells)
+        copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
+        self._done[id(value)] = copied
+        for cell, new in zip(cells, closure, strict=True):
+            if new is not cell:
+                new.cell_contents = self.of(cell_content(cell), False)
+        copied.__defaults__ = tuple(self.of(part, False) for part in value.__defaults__ or ()) or None
+        keywords = value.__kwdefaults__ or {}
+        copied.__kwdefaults__ = {name: self.of(part, False) for name, part in keywords.items()} or None
+        copied.__qualname__ = value.__qualname__
+        copied.__dict__.update((name, self.of(part, False)) for name, part in value.__dict__.items())
+        return copied
 
 
-_Translate = Callable[[Any], Any]
+def _parts_of(value: Any) -> list[Any] | None:
+    """What a value holds, where copies of such values can be made; None where they cannot."""
+    kind = type(value)
+    if isinstance(value, (Tensor, nn.Module)) or kind is type:
+        return None
+    if kind in _DICTS:
+        return [*value.keys(), *value.values()]
+    if kind in _CONTAINERS or isinstance(value, (tuple, frozenset)):
+        return list(value)
+    if kind is types.FunctionType:
+        keywords = value.__kwdefaults__ or {}
+        contents = map(cell_content, value.__closure__ or ())
+        return [*contents, *(value.__defaults__ or ()), *keywords.values(), *value.__dict__.values()]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind is types.MethodType or (kind is types.BuiltinMethodType and type(value.__self__) in _CONTAINERS):
+        return [value.__self__]
+    if kind is weakref.ref:
+        return [value()]
+    if kind is weakref.WeakMethod:  # makes a new method at each call
+        return [getattr(value(), "__self__", None)]
+    return list(vars(value).values()) if _is_record(value) else None
+
+
+def _refill(container: Any, parts: list[Any]) -> None:
+    if _is_record(container):
+        vars(container).update(zip(vars(container), parts, strict=True))
+        return
+    container.clear()
+    if isinstance(container, dict):
+        half = len(parts) // 2
+        container.update(dict(zip(parts[:half], parts[half:], strict=True)))
+    elif isinstance(container, set):
+        container.update(parts)
+    else:
+        container.extend(parts)
 
 
 def _changed(before: list[Any], after: list[Any]) -> bool:
     return any(old is not new for old, new in zip(before, after, strict=True))
-
-
-def _translate_sequence(value: Any, translate: _Translate, always: bool) -> Any:
-    before = list(value)
-    after = [translate(item) for item in before]
-    if not (always or _changed(before, after)):
-        return value
-    return deque(after, value.maxlen) if isinstance(value, deque) else type(value)(after)
-
-
-def _translate_dict(value: Any, translate: _Translate, always: bool) -> Any:
-    before = [*value.keys(), *value.values()]
-    after = [translate(item) for item in before]
-    if not (always or _changed(before, after)):
-        return value
-    half = len(value)
-    rebuilt = copying.copy(value)  # keeps a default_factory
-    rebuilt.clear()
-    rebuilt.update(dict(zip(after[:half], after[half:], strict=True)))
-    return rebuilt
-
-
-def _translate_record(value: Any, translate: _Translate, always: bool) -> Any:
-    before = list(vars(value).values())
-    after = [translate(item) for item in before]
-    if not (always or _changed(before, after)):
-        return value
-    rebuilt = copying.copy(value)
-    vars(rebuilt).update(zip(vars(value), after, strict=True))
-    return rebuilt
-
-
-def _translate_tuple(value: Any, translate: _Translate, always: bool) -> Any:
-    before = list(value)
-    after = [translate(item) for item in before]
-    if not _changed(before, after):
-        return value
-    return type(value)(*after) if hasattr(value, "_fields") else type(value)(after)
-
-
-def _translate_partial(value: Any, translate: _Translate, always: bool) -> Any:
-    before = [value.func, *value.args, *value.keywords.values()]
-    after = [translate(item) for item in before]
-    if not _changed(before, after):
-        return value
-    split = 1 + len(value.args)
-    keywords = dict(zip(value.keywords, after[split:], strict=True))
-    return functools.partial(after[0], *after[1:split], **keywords)
-
-
-def _translate_method(value: Any, translate: _Translate, always: bool) -> Any:
-    owner = translate(value.__self__)
-    return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-
-
-def _translate_reference(value: Any, translate: _Translate, always: bool) -> Any:
-    target = value()
-    translated = translate(target)
-    return value if translated is target else weakref.ref(translated)
-
-
-def _translate_function(value: Any, translate: _Translate, always: bool) -> Any:
-    cells = value.__closure__ or ()
-    before = [cell_content(cell) for cell in cells] + list(value.__defaults__ or ())
-    keywords = value.__kwdefaults__ or {}
-    before += [*keywords.values(), *value.__dict__.values()]
-    after = [translate(item) for item in before]
-    if not _changed(before, after):
-        return value
-    closure = tuple(
-        cell if old is new else types.CellType(new) for cell, old, new in zip(cells, before, after, strict=False)
-    )
-    rest = iter(after[len(cells) :])
-    defaults = tuple(islice(rest, len(value.__defaults__ or ()))) or None
-    copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
-    copied.__kwdefaults__ = dict(zip(keywords, rest, strict=False)) or None
-    copied.__qualname__ = value.__qualname__
-    copied.__dict__.update(zip(value.__dict__, rest, strict=True))
-    return copied
 
 
 def cell_content(cell: types.CellType) -> Any:
@@ -190,19 +221,3 @@ def cell_content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
-
-
-_TRANSLATORS: dict[type, Callable[[Any, _Translate, bool], Any]] = {
-    list: _translate_sequence,
-    set: _translate_sequence,
-    frozenset: _translate_tuple,
-    deque: _translate_sequence,
-    dict: _translate_dict,
-    OrderedDict: _translate_dict,
-    defaultdict: _translate_dict,
-    Counter: _translate_dict,
-    functools.partial: _translate_partial,
-    types.MethodType: _translate_method,
-    types.FunctionType: _translate_function,
-    weakref.ref: _translate_reference,
-}

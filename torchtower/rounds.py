@@ -108,7 +108,8 @@ class Round:
         """
         while len(self._finished) < len(self._starts):
             try:
-                self._advance(max_concurrency)
+                if self._arrivals or self._num_started < len(self._starts):
+                    self._advance(max_concurrency)
                 self._reports.get()
             except BaseException as error:
                 self._interrupt = self._interrupt or error

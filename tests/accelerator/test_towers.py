@@ -75,7 +75,7 @@ def test_replicas_and_shards_lie_on_their_towers_devices() -> None:
 @pytest.mark.parametrize("place", ["cpu", "simulated:1"])
 def test_a_module_on_the_wrong_device_is_refused_with_the_way_out(place: str) -> None:
     wrapped = TowerParallel(nn.Linear(3, 2).to(place), device_ids=[0, 1])
-    with pytest.raises(ValueError, match=rf"simulated:0.*found one of them on device: {place}.*module.to\('simulated:0'\)"):
+    with pytest.raises(ValueError, match=rf"simulated:0.*one of them on device: {place}.*module.to\('simulated:0'\)"):
         wrapped(torch.ones(4, 3))
     wrapped.module.to("simulated:0")
     assert wrapped(torch.ones(4, 3)).shape == (4, 2)
