@@ -37,8 +37,8 @@ namespace torchtower {
 class Call {
  public:
   // Takes (out, grads, weights) off the stack. Throws std::invalid_argument, which reaches Python
-  // as ValueError, before any byte of an output is written. Conjugate and negative bits have been
-  // resolved: ops.py registers that for their dispatch keys, which rank before every backend.
+  // as ValueError, before any byte of an output is written. No tensor has a conjugate or negative
+  // bit: ops.py sees to that under their dispatch keys, which rank before every backend.
   Call(const char* function, StableIValue* stack);
 
   // Borrowed from the call. Parameters without elements are among them (numel 0).

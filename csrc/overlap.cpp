@@ -35,6 +35,19 @@ bool is_empty(const Placement& tensor) {
   return std::find(tensor.sizes, tensor.sizes + tensor.dim, 0) != tensor.sizes + tensor.dim;
 }
 
+// Strides that interleave, as (3, 2) of shape (2, 3), may yet tell all elements apart.
+bool overlaps_itself(const Placement& tensor) {
+  int64_t run = 1;
+  for (const Dimension& dimension : dimensions_by_stride(tensor)) {
+    if (dimension.stride < run) return true;
+    if (dimension.stride > run) break;
+    run *= dimension.size;
+  }
+  std::vector<Extent> runs;
+  append_runs(tensor, 0, runs);
+  return sort_and_find_conflict(runs).first >= 0;
+}
+
 }  // namespace
 
 Density density(const Placement& tensor) {
@@ -42,7 +55,9 @@ Density density(const Placement& tensor) {
   int64_t reach = 1;  // elements from the first to just behind the last
   bool dense = true;
   for (const Dimension& dimension : dimensions_by_stride(tensor)) {
-    if (dimension.stride < reach) return Density::kSelfOverlap;
+    if (dimension.stride < reach) {
+      return overlaps_itself(tensor) ? Density::kSelfOverlap : Density::kGapped;
+    }
     dense = dense && dimension.stride == reach;
     reach += (dimension.size - 1) * dimension.stride;
   }

@@ -19,7 +19,7 @@ struct Placement {
 enum class Density {
   kDense,        // every element of one block of memory, in any order
   kGapped,       // elements apart, with gaps between them
-  kSelfOverlap,  // elements that share memory, or can't be told apart by their strides alone
+  kSelfOverlap,  // elements that share memory
 };
 
 Density density(const Placement& tensor);

@@ -1,7 +1,7 @@
 #include "weights.h"
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 #include <sstream>
 
 namespace torchtower {
@@ -10,9 +10,10 @@ std::string describe_bad_weights(const std::vector<double>& weights) {
   if (weights.empty()) return "expected a weight for each tower, but got none";
   std::ostringstream message;
   for (size_t t = 0; t < weights.size(); ++t) {
-    if (!(weights[t] >= 0) || std::isinf(weights[t])) {
-      message << "expected every weight to be finite and at least 0, but tower " << t << "'s is "
-              << weights[t];
+    // Most dtypes are multiplied in float32, where a larger one would be infinite.
+    if (!(weights[t] >= 0 && weights[t] <= std::numeric_limits<float>::max())) {
+      message << "expected every weight to be at least 0 and finite in float32, but tower " << t
+              << "'s is " << weights[t];
       return message.str();
     }
   }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchtower import average_gradients, stack_gradients
+from torchtower import TowerParallel, average_gradients, stack_gradients, tower_sum
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (33, 129)]
@@ -117,6 +117,96 @@ def test_the_mean_of_gradients_with_graphs_can_be_differentiated() -> None:
         assert not average_gradients([[x * 3], [x**2]])[0].requires_grad
 
 
+# ---- the same bits with a graph, and where ops are followed
+
+
+def bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    return real.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 0.5, 2.0], [1.0, 0.0, 1.0]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_with_graphs_have_the_same_mean_to_the_bit(dtype: torch.dtype, weights: list[float] | None) -> None:
+    towers = towers_of(3, dtype, shapes=[(1001,), (), (3, 5)])
+    tracked = [[grad.clone().requires_grad_() for grad in tower] for tower in towers]
+    for a, b in zip(average_gradients(towers, weights), average_gradients(tracked, weights), strict=True):
+        assert b.requires_grad and b.dtype == dtype
+        assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("make", [torch.clone, lambda g: g.clone().requires_grad_(), lambda g: g.to_sparse(1)])
+def test_halves_are_added_in_float32_and_rounded_once(make: Any) -> None:
+    largest, smallest = torch.full((2, 2), 65504.0).half(), torch.full((2, 2), 2.0**-24).half()
+    for grad in (largest, smallest):
+        (mean,) = average_gradients([[make(grad)]] * 3)
+        assert torch.equal(mean.detach().to_dense(), grad)
+    ones = [torch.full((2, 2), 1.0 if t == 0 else 2.0**-9).bfloat16() for t in range(5)]
+    (mean,) = average_gradients([[make(grad)] for grad in ones], weights=[1.0] * 5)
+    assert torch.equal(mean.detach().to_dense(), torch.full((2, 2), (1 + 2.0**-7) / 5).bfloat16())
+
+
+def test_the_mean_of_negative_zeros_is_a_negative_zero_on_every_road() -> None:
+    zeros = torch.full((3,), -0.0)
+    in_rows = torch.sparse_coo_tensor(torch.arange(3)[None], zeros, (3,), check_invariants=True)
+    for grad in (zeros, zeros.clone().requires_grad_(), in_rows):
+        (mean,) = average_gradients([[grad]] * 3)
+        values = mean.values() if mean.is_sparse else mean.detach()
+        assert bool(values.signbit().all())
+
+
+def test_a_single_towers_gradient_with_a_graph_is_not_the_mean_itself() -> None:
+    for grad in (torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64, requires_grad=True)):
+        (mean,) = average_gradients([[grad]])
+        assert mean.requires_grad and mean.data_ptr() != grad.data_ptr()
+
+
+def pair(x: Tensor, y: Tensor) -> Tensor:
+    mean: Tensor = average_gradients([[x], [y]], weights=[1, 3])[0]
+    return mean
+
+
+def test_forward_derivatives_go_through() -> None:
+    x, tangent = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 10.0])
+    mean, derivative = torch.func.jvp(lambda x: pair(x, x * 3), (x,), (tangent,))
+    assert torch.equal(mean, 2.5 * x) and torch.equal(derivative, 2.5 * tangent)
+    with torch.no_grad():  # which has no say in forward derivatives
+        assert torch.equal(torch.func.jvp(lambda x: pair(x, x * 3), (x,), (tangent,))[1], 2.5 * tangent)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(pair(dual, x)).tangent, 0.25 * tangent)
+    expected = 2.5 * torch.eye(2)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        assert torch.equal(jacobian(lambda x: pair(x, x * 3))(x), expected)
+    hessian = torch.func.hessian(lambda x: pair(x**3, x).sum())(x)
+    assert torch.allclose(hessian, torch.diag(1.5 * x))
+
+
+def test_vmap_goes_through() -> None:
+    x, y = torch.arange(6.0).view(2, 3), torch.ones(2, 3)
+    assert torch.equal(torch.vmap(pair)(x, y), pair(x, y))
+    assert torch.equal(torch.vmap(pair, in_dims=(1, None))(x, y[:, 0]), pair(x.t(), y[:, 0].expand(3, 2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_mean() -> None:
+    traced = torch.jit.trace(pair, (torch.ones(3), torch.ones(3)))
+    x, y = torch.arange(3.0), torch.full((3,), 8.0)
+    assert torch.equal(traced(x, y), pair(x, y))
+
+
+def test_a_compiled_function_holds_the_native_op() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x, y = torch.arange(3.0), torch.full((3,), 8.0)
+    assert torch.equal(torch.compile(pair, backend=backend, fullgraph=True)(x, y), pair(x, y))
+    assert "tower_mean_" in graphs[0].code
+
+
 LAYOUTS = {
     "channels_last": lambda g: g.contiguous(memory_format=torch.channels_last),
     "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
@@ -211,6 +301,38 @@ def test_sparse_in_some_towers_and_dense_in_others_gives_dense() -> None:
         assert torch.allclose(mean, oracle(pair), rtol=1e-14)
 
 
+@pytest.mark.parametrize("weights", [None, [1.0, 4.0, 0.5]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_sparse_gradients_have_the_bits_of_dense_ones(dtype: torch.dtype, weights: list[float] | None) -> None:
+    column = [sparse([1, 3, 3, 5], 0, dtype), sparse([5, 9, 1], 1, dtype), sparse([3, 1, 3, 5, 9], 2, dtype)]
+    if dtype.is_complex:
+        column = [grad * (1 + 0.3j) for grad in column]
+    (mean,) = average_gradients([[grad] for grad in column], weights)
+    (dense,) = average_gradients([[grad.to_dense()] for grad in column], weights)
+    assert mean.is_coalesced() and mean.dtype == dtype
+    assert torch.equal(bits(mean.to_dense()), bits(dense))
+
+
+def test_repeated_rows_of_sparse_halves_are_added_in_float32() -> None:
+    rows = torch.sparse_coo_tensor(
+        torch.zeros(1, 4096, dtype=torch.int64), torch.ones(4096).bfloat16(), (2,), check_invariants=True
+    )
+    for other in (rows, torch.zeros(2).bfloat16().add(rows.float().to_dense()).bfloat16()):
+        (mean,) = average_gradients([[rows], [other]])
+        assert mean.dtype == torch.bfloat16 and mean.to_dense().tolist() == [4096.0, 0.0]
+    (stack,) = stack_gradients([[rows], [torch.zeros(2).bfloat16()]])
+    assert stack.dtype == torch.bfloat16 and stack.tolist() == [[4096.0, 0.0], [0.0, 0.0]]
+
+
+def test_the_mean_of_sparse_gradients_with_graphs_can_be_differentiated() -> None:
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    first = torch.sparse_coo_tensor([[0, 0]], x, (3, 1), check_invariants=True)
+    second = torch.sparse_coo_tensor([[0, 2]], x**2, (3, 1), check_invariants=True)
+    (mean,) = average_gradients([[first], [second]], weights=[1, 3])
+    (grad,) = torch.autograd.grad(mean.to_dense().sum(), x)
+    assert torch.allclose(grad, 0.25 + 0.75 * 2 * x.detach())
+
+
 def test_sparse_and_none_give_sparse() -> None:
     (mean,) = average_gradients([[None], [sparse([2, 2], 0)]])
     assert mean.is_sparse
@@ -244,7 +366,8 @@ def test_weights_need_not_be_normalised(scale: float) -> None:
 def test_weights_may_be_tensors_and_numbers() -> None:
     towers = towers_of(2, shapes=[(3,)])
     (expected,) = average_gradients(towers, [1.0, 3.0])
-    for weights in (torch.tensor([1.0, 3.0]), (1, 3), [torch.tensor(1), torch.tensor(3)]):
+    numbers = torch.tensor([1.0, 3.0])
+    for weights in (numbers, (1, 3), [torch.tensor(1), torch.tensor([3])], numbers.numpy(), [*numbers.numpy()]):
         assert torch.equal(average_gradients(towers, weights)[0], expected)
 
 
@@ -318,6 +441,38 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     ([[(a, "v")], [a]], None, TypeError, "pairs everywhere or bare gradients everywhere"),
     ([[(a, "v", 3)]], None, TypeError, "tower 0's entry 0 has 3 items"),
     ([[(a,)]], None, TypeError, "tower 0's entry 0 has 1 items"),
+    (None, None, TypeError, r"tower_grads\[tower\]\[parameter\], but got NoneType"),
+    (3, None, TypeError, "but got int"),
+    ("ab", None, TypeError, "but got str"),
+    (torch.nn.Linear(1, 1), None, TypeError, "but got Linear"),
+    ({"a": [a]}, None, TypeError, "but got dict"),
+    (torch.ones(2, 3), None, TypeError, r"tower_grads\[tower\]\[parameter\], but got a tensor"),
+    ([a, a], None, TypeError, "tower 0's is a tensor: put it into a list"),
+    ([[a], torch.tensor(1.0)], None, TypeError, "tower 1's is a tensor: put it into a list"),
+    ([[a], None], None, TypeError, "tower 1's gradients to be a list, but got NoneType"),
+    ([[a], 3], None, TypeError, "tower 1's gradients to be a list, but got int"),
+    ([{a}, {a}], None, TypeError, "tower 0's gradients to be a list, but got set"),
+    ([{"w": a}], None, TypeError, "tower 0's gradients to be a list, but got dict"),
+    ([[a], [a.to("meta")]], None, ValueError, "not to be on meta, .* tower 1's of parameter 0 is on meta"),
+    ([[a.to("meta")], [a]], None, ValueError, "to be on meta, .* tower 1's of parameter 0 is on cpu"),
+    ([[a, a.to("meta")]] * 2, None, ValueError, "not to be on meta, .* tower 0's of parameter 1 is on meta"),
+    ([[a, a.int()]] * 2, None, ValueError, "float32.* tower 0's of parameter 1 is of torch.int32"),
+    ([[a.bool().to_sparse()]] * 2, None, ValueError, "tower 0's of parameter 0 is of torch.bool"),
+    ([[a], [a.long().to_sparse()]], None, ValueError, "tower 1's of parameter 0 is of torch.int64"),
+    ([[torch.eye(2)], [torch.eye(2).to_mkldnn()]], None, ValueError, "tower 1's .*is of layout torch._mkldnn"),
+    (
+        [[torch.eye(2).to_sparse(1)], [torch.eye(2).to_sparse(2)]],
+        None,
+        ValueError,
+        "parameter 0 .* 1 sparse dimensions like tower 0's, but tower 1's .* 2 sparse dimensions",
+    ),
+    (
+        [[torch.nested.nested_tensor([a], layout=torch.jagged)]],
+        None,
+        ValueError,
+        "tower 0's of parameter 0 is a nested tensor",
+    ),
+    ([[a], [torch.nn.UninitializedParameter()]], None, ValueError, "tower 1's .* is an uninitialized parameter"),
 ]
 
 
@@ -335,6 +490,7 @@ BAD_WEIGHTS: list[tuple[Any, str]] = [
     ([float("nan"), 1.0], "finite .*tower 0's is nan"),
     ([1.0, float("inf")], "finite .*tower 1's is inf"),
     ([0.0, 0.0], "above 0"),
+    ([1, 10**400], "finite .*tower 1's is inf"),
 ]
 
 
@@ -344,6 +500,46 @@ def test_bad_weights_are_named(weights: Any, words: str) -> None:
         average_gradients([[a], [a]], weights)
 
 
-def test_integer_gradients_are_refused_by_name() -> None:
-    with pytest.raises((ValueError, TypeError), match=r"expected .*float.*int64"):
-        average_gradients([[torch.ones(2, dtype=torch.int64)]] * 2)
+NO_WEIGHTS: list[tuple[Any, str]] = [
+    ("13", "a sequence of weights, one for each tower, but got str"),
+    (b"12", "but got bytes"),
+    ({0: 1, 1: 3}, "but got dict"),
+    ({1, 3}, "but got set"),
+    (3, "but got int"),
+    (torch.nn.Linear(1, 1), "but got Linear"),
+    (torch.tensor(1.0), "but got Tensor"),
+    (["1", "3"], "real numbers, but tower 0's is of type str"),
+    ([1, None], "tower 1's is of type NoneType"),
+    ([1, 1j], "tower 1's is of type complex"),
+    ([[1], [3]], "tower 0's is of type list"),
+    (torch.ones(2, 2).numpy(), "tower 0's is of type ndarray"),
+    (torch.ones(2, 2), r"tower 0's is \(2,\) of torch.float32"),
+    (torch.ones(2, dtype=torch.complex64), "tower 0's is .* of torch.complex64"),
+    (torch.ones(2, device="meta"), r"tower 0's is \(\) of torch.float32 on meta"),
+]
+
+
+@pytest.mark.parametrize(("weights", "words"), NO_WEIGHTS)
+def test_what_is_no_list_of_numbers_is_named(weights: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=rf"^average_gradients: expected .*{words}"):
+        average_gradients([[a], [a]], weights)
+
+
+def test_meta_gradients_have_means_on_meta() -> None:
+    (mean,) = average_gradients([[a.to("meta")], [a.to("meta")]])
+    assert mean.is_meta and mean.shape == a.shape
+
+
+# ---- the sum between towers, which has no tower dimension
+
+
+def test_tower_sum_of_what_is_no_tensor_is_refused_in_towers_and_outside() -> None:
+    class Summed(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tower_sum(None)  # type: ignore[arg-type]
+            return x
+
+    with pytest.raises(TypeError, match=r"^tower_sum: expected a tensor, but got NoneType"):
+        tower_sum(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tower_sum: expected a tensor, but got NoneType"):
+        TowerParallel(Summed(), device_ids=["cpu"] * 2)(torch.ones(2, 1))

@@ -174,6 +174,17 @@ def test_conjugate_bits_of_gradients_and_outputs_are_resolved() -> None:
     assert_close(out, [towers[0].conj(), towers[1]], [0.5, 0.5])
 
 
+@pytest.mark.parametrize("function", (ops.tower_mean_, ops.tower_mean_with_statistics_))
+def test_an_output_with_conjugate_and_negative_bits_may_be_its_own_gradient(function: Callable[..., Any]) -> None:
+    for lazily in (torch.conj, torch._neg_view, lambda z: torch._neg_view(z.conj())):
+        towers = [grads[0] for grads in tower_grads([(3, 5)], torch.complex64, 2)]
+        out, plain = lazily(towers[0].clone()), torch.zeros(3, 5, dtype=torch.complex64)
+        kept = out.clone()
+        function([out, plain], [out, out, towers[1], towers[1]], [0.5, 0.5])
+        assert_close(out, [kept, towers[1]], [0.5, 0.5])
+        assert torch.equal(out, plain)
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """One call with parameters of mixed shapes, dtypes, strides and alignments."""

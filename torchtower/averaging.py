@@ -7,25 +7,31 @@ another device, and weights as users give them. The dense arithmetic is `torchto
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchtower import ops
+from torchtower import _composed, ops
 
 Grad = Tensor | None
+_WITHOUT_SHAPE = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
 def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[float] | None = None) -> list[Any]:
     """Average each variable's gradient over the towers, in one fused pass over all variables.
 
+    Where someone follows its ops (gradients that carry graphs, forward derivatives, ``torch.vmap``, ``torch.jit``) the
+    means are made of torch's own, with the same bits.
+
     Args:
         tower_grads: tower-major; ``tower_grads[tower]`` lists ``(grad, var)`` pairs, or bare gradients, in the same
-            order in every tower. A gradient is a tensor, dense or sparse COO, on any device, or None: None in every
-            tower stays None, None in some towers counts as zero there. No tower's gradients are changed.
+            order in every tower. A gradient is a floating or complex tensor, dense or sparse COO, on any device, or
+            None: None in every tower stays None, None in some towers counts as zero there. The mean of sparse ones
+            is sparse, that of sparse and dense ones dense. No tower's gradients are changed.
         weights: each tower's share, such as the rows of its shard; any non-negative finite numbers, normalised
             here to sum to 1. None: equal shares. A tower of weight 0 is not read at all.
 
@@ -38,9 +44,11 @@ def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[fl
         means. A mean lies on the main tower's device in the gradients' dtype.
 
     Raises:
-        ValueError: no tower; lists that differ in length, shape, dtype or layout; weights of the wrong number,
+        ValueError: no tower; lists that differ in length, shape, dtype or sparse dimensions; another layout or
+            dtype than those above; some gradients on the meta device and others not; weights of the wrong number,
             negative, NaN, infinite or all zero. The message names tower and parameter.
-        TypeError: something that is neither a tensor nor None.
+        TypeError: something that is neither a tensor nor None; a tower's bare tensor, which belongs into a list;
+            weights that are no sequence of real numbers.
 
     Example:
         >>> var = torch.zeros(2)
@@ -72,8 +80,7 @@ def stack_gradients(tower_grads: Iterable[Iterable[Any]]) -> list[Any]:
         stacks; None where no tower has a gradient.
 
     Raises:
-        ValueError: lists that differ in length, shape, dtype or layout.
-        TypeError: something that is neither a tensor nor None.
+        ValueError, TypeError: as `average_gradients`.
 
     Example:
         >>> stack_gradients([[torch.tensor([1.0, 2.0])], [None]])[0]
@@ -90,10 +97,12 @@ def normalized_weights(weights: Sequence[float] | None, num_towers: int, functio
 
     Raises:
         ValueError: weights of the wrong number, negative, NaN, infinite or all zero.
+        TypeError: weights that are no sequence of real numbers.
     """
     if weights is None:
         return [1.0 / num_towers] * num_towers
-    values = [float(weight) for weight in weights]
+    given = _listed(weights, "a sequence of weights, one for each tower", function)
+    values = [_number(weight, tower, function) for tower, weight in enumerate(given)]
     if len(values) != num_towers:
         raise ValueError(f"{function}: expected one weight for each of {num_towers} towers, but got {len(values)}")
     for tower, value in enumerate(values):
@@ -107,8 +116,23 @@ def normalized_weights(weights: Sequence[float] | None, num_towers: int, functio
     if min(read) == max(read):
         return [1.0 / len(read) if value else 0.0 for value in values]
     largest = max(read)  # divided by first, so that the sum of huge weights stays finite
-    total = math.fsum(value / largest for value in read)
+    total = math.fsum([value / largest for value in read])
     return [value / largest / total for value in values]
+
+
+def _number(weight: Any, tower: int, function: str) -> float:
+    try:
+        number = weight.item() if hasattr(weight, "item") else weight  # a tensor's or an array's
+    except (RuntimeError, ValueError):  # several numbers, or none on the meta device
+        number = None
+    # float() would read text, too, and drop an imaginary part.
+    if not isinstance(number, Real):
+        got = _tell(weight) if isinstance(weight, Tensor) else f"of type {type(weight).__name__}"
+        raise TypeError(f"{function}: expected weights to be real numbers, but tower {tower}'s is {got}")
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
@@ -129,7 +153,7 @@ def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *,
         return list(_sum_dense(columns, weights, in_place))  # type: ignore[arg-type]
     results: list[Grad] = []
     # One call of the op for each set of towers that have a gradient: nearly always a single call.
-    groups: dict[tuple[int, ...], list[tuple[int, list[Tensor]]]] = {}
+    groups: dict[tuple[int, ...], list[tuple[int, torch.dtype, list[Tensor]]]] = {}
     main = next((grad.device for tower in zip(*columns, strict=True) for grad in tower if grad is not None), None)
     for index, away in enumerate(columns):
         column = [grad if grad is None or grad.device == main else grad.to(main) for grad in away]
@@ -137,15 +161,15 @@ def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *,
         chosen = [grad for t in present if (grad := column[t]) is not None]
         results.append(None)
         if chosen and all(grad.is_sparse for grad in chosen):
-            results[index] = _sum_sparse(chosen, [weights[t] for t in present])
+            results[index] = _composed.sparse_mean(chosen, [weights[t] for t in present])
         elif chosen:
-            groups.setdefault(present, []).append((index, [_dense(grad) for grad in chosen]))
+            groups.setdefault(present, []).append((index, chosen[0].dtype, _dense(chosen)))
         elif any(grad is not None for grad in column):
             results[index] = torch.zeros_like(next(grad for grad in column if grad is not None))
     for present, members in groups.items():
-        sums = _sum_dense([grads for _, grads in members], [weights[t] for t in present], in_place)
-        for (index, _), total in zip(members, sums, strict=True):
-            results[index] = total
+        sums = _sum_dense([grads for _, _, grads in members], [weights[t] for t in present], in_place)
+        for (index, dtype, _), total in zip(members, sums, strict=True):
+            results[index] = total.to(dtype)
     return results
 
 
@@ -160,39 +184,34 @@ def _are_plain(columns: Sequence[Sequence[Grad]]) -> bool:
 
 
 def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
-    if torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads):
-        return [_sum_composed(grads, weights) for grads in columns]
-    if in_place and list(weights) == [1.0]:
-        return [grads[0] for grads in columns]
-    out = [grads[0] if in_place and not _is_expanded(grads[0]) else torch.empty_like(grads[0]) for grads in columns]
+    if list(weights) == [1.0]:
+        return [grads[0] if in_place else grads[0].clone() for grads in columns]
+    has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads)
+    if has_graph or _is_transformed():
+        return [_composed.mean(grads, weights) for grads in columns]
+    out = [
+        grads[0] if in_place and not _composed.is_expanded(grads[0]) else torch.empty_like(grads[0])
+        for grads in columns
+    ]
     towers = zip(*columns, strict=True)
     ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
     return out
 
 
-def _sum_composed(grads: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    # Differentiable, for create_graph: the native op is not.
-    total = grads[0] * weights[0]
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        total = total + grad * weight
-    return total
-
-
-def _sum_sparse(grads: list[Tensor], weights: list[float]) -> Tensor:
-    indices = torch.cat([grad._indices() for grad in grads], dim=1)
-    values = torch.cat([grad._values() * w for grad, w in zip(grads, weights, strict=True)])
-    return torch.sparse_coo_tensor(indices, values, grads[0].shape, check_invariants=False).coalesce()
-
-
-def _is_expanded(grad: Tensor) -> bool:
-    # As the backward of sum() makes them: fewer numbers in memory than elements, so nothing can be written there.
-    return not grad.is_contiguous() and any(
-        stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
+def _is_transformed() -> bool:
+    """Whether someone follows the ops of this call who cannot follow the native one: forward AD, vmap, jit.trace."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 
-def _dense(grad: Tensor) -> Tensor:
-    return grad.to_dense() if grad.layout is not torch.strided else grad
+def _dense(grads: list[Tensor]) -> list[Tensor]:
+    if all(grad.layout is torch.strided for grad in grads):
+        return grads
+    # Repeated rows of a sparse gradient are summed on the way, so all of it is done in the sum's dtype.
+    return [wide.to_dense() if wide.is_sparse else wide for wide in map(_composed.wide, grads)]
 
 
 def _stack(column: list[Grad]) -> Grad:
@@ -201,30 +220,64 @@ def _stack(column: list[Grad]) -> Grad:
         return None
     rows = [torch.zeros_like(like) if grad is None else grad.to(like.device) for grad in column]
     if not all(row.is_sparse for row in rows):
-        rows = [_dense(row) for row in rows]
-    return torch.stack(rows)
+        rows = _dense(rows)
+    return torch.stack(rows).to(like.dtype)
 
 
 def _columns(tower_grads: Sequence[Sequence[Grad]], function: str) -> list[list[Grad]]:
     """Parameter-major, checked to be alike over towers."""
     columns = [list(column) for column in zip(*tower_grads, strict=True)]
+    main = next((grad for grad in chain.from_iterable(tower_grads) if grad is not None), None)
+    on_meta = main is not None and main.is_meta
     for parameter, column in enumerate(columns):
         first, like = next(((tower, grad) for tower, grad in enumerate(column) if grad is not None), (0, None))
         for tower, grad in enumerate(column):
-            if grad is not None and like is not None and (grad.shape != like.shape or grad.dtype != like.dtype):
+            if grad is None or like is None:
+                continue
+            if (
+                grad.shape != like.shape
+                or grad.dtype != like.dtype
+                or (grad.is_sparse and like.is_sparse and grad.sparse_dim() != like.sparse_dim())
+            ):
                 raise ValueError(
                     f"{function}: expected every tower's gradient of parameter {parameter} to be {_tell(like)} like "
                     f"tower {first}'s, but tower {tower}'s is {_tell(grad)}"
                 )
+            if grad.is_meta is not on_meta:
+                raise ValueError(
+                    f"{function}: expected every gradient {'' if on_meta else 'not '}to be on meta, as the first, but "
+                    f"tower {tower}'s of parameter {parameter} is on {grad.device}"
+                )
     return columns
 
 
-def _tell(grad: Tensor) -> str:
-    return f"{tuple(grad.shape)} of {grad.dtype}"
+def _tell(tensor: Tensor) -> str:
+    sparse = f" with {tensor.sparse_dim()} sparse dimensions" if tensor.is_sparse else ""
+    return f"{tuple(tensor.shape)} of {tensor.dtype}{sparse}{' on meta' if tensor.is_meta else ''}"
+
+
+def _listed(items: Any, expected: str, function: str) -> list[Any]:
+    # Text, mappings and sets can be iterated over, too, but not for what is meant here.
+    if not isinstance(items, (str, bytes, Mapping, Set)):
+        try:
+            iterator = iter(items)
+        except TypeError:
+            pass
+        else:
+            return list(iterator)
+    raise TypeError(f"{function}: expected {expected}, but got {type(items).__name__}")
 
 
 def _split_pairs(tower_grads: Iterable[Iterable[Any]], function: str) -> tuple[list[list[Grad]], list[Any] | None]:
-    towers = [list(tower) for tower in tower_grads]
+    nested = "one list of gradients for each tower, tower_grads[tower][parameter]"
+    # The rows of a tensor would do for a list, but are not what is meant.
+    if isinstance(tower_grads, Tensor):
+        raise TypeError(f"{function}: expected {nested}, but got a tensor")
+    towers: list[list[Any]] = []
+    for tower, entries in enumerate(_listed(tower_grads, nested, function)):
+        if isinstance(entries, Tensor):
+            raise TypeError(f"{function}: expected {nested}, but tower {tower}'s is a tensor: put it into a list")
+        towers.append(_listed(entries, f"tower {tower}'s gradients to be a list", function))
     if not towers:
         raise ValueError(f"{function}: expected the gradients of at least one tower, but got none")
     for tower, entries in enumerate(towers):
@@ -250,9 +303,27 @@ def _checked(entry: Any, tower: int, parameter: int, function: str) -> Grad:
             f"{function}: expected (grad, var) pairs, but tower {tower}'s entry {parameter} has {len(entry)} items"
         )
     grad = entry[0] if isinstance(entry, (tuple, list)) else entry
-    if grad is not None and not isinstance(grad, Tensor):
+    if grad is None:
+        return None
+    if not isinstance(grad, Tensor):
         raise TypeError(
             f"{function}: expected gradients to be tensors or None, but tower {tower}'s of parameter {parameter} "
             f"is of type {type(grad).__name__}"
         )
+    strange = _strange_kind(grad)
+    if strange:
+        raise ValueError(
+            f"{function}: expected gradients to be dense or sparse COO tensors of {_composed.TAKEN_IN_WORDS}, but "
+            f"tower {tower}'s of parameter {parameter} is {strange}"
+        )
     return grad
+
+
+def _strange_kind(grad: Tensor) -> str:
+    if type(grad) in _WITHOUT_SHAPE:
+        return "an uninitialized parameter"
+    if grad.is_nested:
+        return "a nested tensor"
+    if grad.layout not in (torch.strided, torch.sparse_coo):
+        return f"of layout {grad.layout}"
+    return "" if grad.dtype in _composed.TAKEN else f"of {grad.dtype}"

@@ -28,6 +28,7 @@ def tower_sum(value: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: some tower finished its forward without calling.
+        TypeError: something that is no tensor.
 
     Example:
         >>> tower_sum(torch.tensor(3.0))
@@ -36,6 +37,8 @@ def tower_sum(value: Tensor) -> Tensor:
     Source:
         The all-reduce of ``torch.nn.SyncBatchNorm``, between threads of one process.
     """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"tower_sum: expected a tensor, but got {type(value).__name__}")
     if current_tower() is None:
         return value
     total: Tensor = _TowerSum.apply(value, False)  # type: ignore[no-untyped-call]

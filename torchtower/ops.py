@@ -7,11 +7,12 @@ missing and sparse gradients, other devices and names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtower import _composed, _extension  # noqa: F401  (the extension defines the ops)
 
@@ -27,10 +28,11 @@ def tower_mean_(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequenc
     complex as pairs: the same bits for any number of threads and on every device.
 
     Args:
-        out: one tensor for each parameter, in its gradients' dtype, or float32 where they are of 16 bits. Any
-            strides without overlap. May be one of its own parameter's gradients, whole.
+        out: a list or tuple, one tensor for each parameter, in its gradients' dtype, or float32 where they are of
+            16 bits. Any strides without overlap. May be one of its own parameter's gradients, whole.
         grads: tower-major: all parameters of tower 0, then of tower 1, on one device.
-        weights: one for each tower, raw: at least 0, finite, not all 0.
+        weights: one for each tower, raw: at least 0, not all 0, at most float32's largest number. They are rounded
+            to float32 where gradients are not of 64 bits.
 
     Shape:
         ``grads[tower * len(out) + parameter]`` has the shape of ``out[parameter]``; so the tower dimension
@@ -39,6 +41,7 @@ def tower_mean_(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequenc
     Raises:
         ValueError: lengths, devices, shapes or dtypes that do not fit, bad weights, or an output that overlaps
             itself or, in part, another tensor. Nothing has been written then.
+        TypeError: something that is no list or tuple of tensors, or no list of numbers.
 
     Not differentiable: where the mean itself needs a graph, use torch's own ops.
 
@@ -48,8 +51,7 @@ def tower_mean_(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequenc
         >>> out[0]
         tensor([2., 4.])
     """
-    _ops.tower_mean_.default(out, grads, weights)
-    torch.autograd.graph.increment_version(out)
+    _call("tower_mean_", out, grads, weights)
 
 
 def tower_mean_with_statistics_(
@@ -76,7 +78,7 @@ def tower_mean_with_statistics_(
         ``out_sum_of_squares``: ``[num_parameters]``.
 
     Raises:
-        ValueError: as `tower_mean_`.
+        ValueError, TypeError: as `tower_mean_`.
 
     Example:
         >>> out = [torch.zeros(2)]
@@ -86,18 +88,60 @@ def tower_mean_with_statistics_(
                 [inf]], dtype=torch.float64), tensor([[0],
                 [1]]))
     """
-    statistics: tuple[Tensor, Tensor, Tensor] = _ops.tower_mean_with_statistics_.default(out, grads, weights)
-    torch.autograd.graph.increment_version(out)
+    statistics: tuple[Tensor, Tensor, Tensor] = _call("tower_mean_with_statistics_", out, grads, weights)
     return statistics
 
 
+def _call(name: str, out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]) -> Any:
+    for argument, given in (("out", out), ("grads", grads)):
+        # torch would take an iterator, too, and there would be nothing left of it to look at.
+        if not isinstance(given, (list, tuple)):
+            raise TypeError(
+                f"{name}: expected {argument} to be a list or tuple of tensors, but got {type(given).__name__}"
+            )
+    try:
+        result = getattr(_ops, name).default(out, grads, weights)
+    except Exception:
+        # Looked at only now: a look at each of thousands of tensors costs as much as the call.
+        _refuse_arguments(name, out, grads, weights)
+        raise
+    torch.autograd.graph.increment_version(out)
+    return result
+
+
+def _refuse_arguments(name: str, out: Sequence[Any], grads: Sequence[Any], weights: Any) -> None:
+    """Raise if the arguments are none that the op's schema takes, for which torch's errors name no tower."""
+
+    def fail(error: type[Exception], what: str, got: str) -> NoReturn:
+        raise error(f"{name}: expected {what}, but got {got}") from None
+
+    for i, tensor in enumerate([*out, *grads]):
+        tower, p = divmod(i - len(out), max(1, len(out)))
+        which = f"parameter {p}'s output" if tower < 0 else f"tower {tower}'s gradient of parameter {p}"
+        if not isinstance(tensor, Tensor):
+            fail(TypeError, f"{which} to be a tensor", type(tensor).__name__)
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            fail(ValueError, f"{which} to have a shape", "an uninitialized parameter")
+        if tensor.is_nested:
+            fail(ValueError, f"{which} to be strided", "a nested tensor")
+    if isinstance(weights, (str, bytes, Tensor)) or not isinstance(weights, Iterable):
+        fail(TypeError, "a list of weights", type(weights).__name__)
+    for tower, weight in enumerate(weights):
+        if not isinstance(weight, Real):
+            fail(TypeError, f"tower {tower}'s weight to be a real number", type(weight).__name__)
+        if isinstance(weight, int) and abs(weight) > _composed.LARGEST_WEIGHT:
+            fail(ValueError, f"tower {tower}'s weight to be finite in float32", "a larger one")
+
+
+# A fake outranks every kernel, so that a call with one tensor on the meta device is its alone to refuse.
 def _fake_tower_mean_(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]) -> None:
-    return None
+    _composed.check("tower_mean_", out, grads, weights)
 
 
 def _fake_tower_mean_with_statistics_(
     out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _composed.check("tower_mean_with_statistics_", out, grads, weights)
     device = out[0].device if out else torch.device("cpu")
     rows = (len(weights), len(out))
     return (
@@ -117,14 +161,22 @@ def _resolving(name: str) -> Callable[..., Any]:
 
     @torch.no_grad()
     def resolve(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[float]) -> Any:
-        plain = [mean.resolve_conj().resolve_neg() for mean in out]
+        # The outputs' own memory, not copies, so that the kernel sees overlaps before a byte is written.
+        plain = [_without_bits(written) for written in out]
         result = op(plain, [grad.resolve_conj().resolve_neg() for grad in grads], weights)
-        for mean, resolved in zip(out, plain, strict=True):
-            if resolved is not mean:
-                mean.copy_(resolved)
+        for written, memory in zip(out, plain, strict=True):
+            if written.is_conj():
+                memory.conj_physical_()
+            if written.is_neg():
+                memory.neg_()
         return result
 
     return resolve
+
+
+def _without_bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.conj() if tensor.is_conj() else tensor
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 _library = torch.library.Library("torchtower", "IMPL")
