@@ -242,6 +242,7 @@ class _Extractor:
 
 def _hooks() -> list[tuple[str, Any, Callable[[], list[Tensor]]]]:
     closed: list[Tensor] = []
+    by_default: list[Tensor] = []
     named: dict[str, Any] = {}
     pairs: list[Any] = []
     caller = _Extractor()
@@ -251,6 +252,7 @@ def _hooks() -> list[tuple[str, Any, Callable[[], list[Tensor]]]]:
 
     return [
         ("closure", lambda m, i, o: closed.append(o), lambda: closed),
+        ("default", lambda m, i, o, kept=by_default: kept.append(o), lambda: by_default),
         ("tuples", lambda m, i, o: pairs.append(("out", o)), lambda: [o for _, o in pairs]),
         ("partial", functools.partial(keep, "out"), lambda: named["out"]),
         ("callable object", caller, lambda: caller.by_name["out"]),
@@ -258,7 +260,7 @@ def _hooks() -> list[tuple[str, Any, Callable[[], list[Tensor]]]]:
     ]
 
 
-@pytest.mark.parametrize("index", range(5), ids=[name for name, _, _ in _hooks()])
+@pytest.mark.parametrize("index", range(6), ids=[name for name, _, _ in _hooks()])
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_activations_that_a_hook_keeps_lead_to_the_parameters(index: int, num_towers: int) -> None:
     grads = []

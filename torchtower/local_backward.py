@@ -116,6 +116,11 @@ class _Writable(torch.autograd.Function):
         return grads[0]
 
 
+def is_bridged(tensor: Tensor) -> bool:
+    """Whether a tensor came out of a bridge itself: an output of a wrapper, or what its forward has left behind."""
+    return type(tensor.grad_fn).__name__ == "_BridgeNodeBackward"
+
+
 def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
     """The leaves that a backward from ``outputs`` accumulates into."""
     pending: list[Any] = [output.grad_fn for output in outputs if output is not None]

@@ -61,6 +61,7 @@ class Outside:
                 cells = value.__closure__ or ()
                 self._roots.extend(cells)
                 pending.extend(map(cell_content, cells))
+                pending.extend((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
                 names = [name for name in value.__code__.co_names if name in value.__globals__]
                 self._globals.extend(Slot(value.__globals__, name) for name in names)
                 pending.extend(v for name in names if _is_function(v := value.__globals__[name]))

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchtower.devices import version_of
-from torchtower.local_backward import writable
+from torchtower.devices import move, version_of
+from torchtower.local_backward import is_bridged, writable
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.remote import RemoteStorage, copy_together
 from torchtower.rewrite import Translation, container_of
@@ -174,10 +174,10 @@ class Replica:
         """Make a leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""
         with torch.inference_mode(False), torch.enable_grad():
             leaf = source.detach()
-            if not self._is_main and leaf.device == self._original.device:
-                leaf = leaf.to(self.device, copy=True)
-            leaf.requires_grad_()
-            self._to_replica.add(source, writable(leaf))
+            # What a forward of ours has left is mostly overwritten by the next: not worth a way to another device.
+            if leaf.device == self._original.device and not is_bridged(source):
+                leaf = move(leaf, self.device)
+            self._to_replica.add(source, writable(leaf.requires_grad_()))
         return Link(weakref.ref(source), leaf)
 
     def links(self) -> list[Link]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -330,3 +331,54 @@ def test_a_wrapper_of_two_devices_can_move_to_the_other_main_device_by_being_mad
     again(rows(4)).square().sum().backward()
     plain(rows(4)).square().sum().backward()
     assert_same_gradients(again, plain)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale, self.last = nn.Linear(3, 2), None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.fc(x)
+        return self.last if self.scale is None else self.last * self.scale
+
+
+@every_layout
+def test_a_tensor_with_a_graph_in_an_attribute_gets_gradients_from_every_device(devices: list[int]) -> None:
+    plain, wrapped = twins(Scaled(), devices)
+    sources = []
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        source = torch.ones(2, dtype=torch.float64, device=next(inner.parameters()).device, requires_grad=True)
+        sources.append(source)
+        for factor in (2, 3):
+            inner.scale = source * factor
+            net(rows(7)).square().mean().backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_values(sources[1].grad, sources[0].grad)
+
+
+def test_what_a_forward_leaves_behind_is_not_sent_to_other_devices(simulated: Any) -> None:
+    _, wrapped = twins(Scaled(), [0, 1])
+    for _ in range(2):
+        wrapped(rows(2)).sum().backward()
+    sizes = []
+    for count in (2, 2000):  # of which each tower leaves a half
+        wrapped(rows(count)).sum().backward()
+        simulated.reset_copies()
+        wrapped(rows(2))
+        sizes.append(simulated.copies()[("simulated:0", "simulated:1")].num_bytes)
+    assert sizes[0] == sizes[1]
+
+
+@every_layout
+def test_activations_that_a_hook_keeps_lead_to_the_parameters(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        features: list[Tensor] = []
+        inner[0].register_forward_hook(lambda m, i, o, features=features: features.append(o))
+        out = net(rows(8))
+        loss = out.square().sum()
+        for feature in features:
+            loss = loss + feature.to(loss.device).square().sum()
+        loss.backward()
+    assert_same_gradients(wrapped, plain)
