@@ -81,7 +81,7 @@ class Replica:
         self._to_replica = Translation()
         self._leaf_facts: dict[int, tuple[Any, ...]] = {}
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
-        self._links: dict[int, list[Link]] = {}
+        self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
 
@@ -149,7 +149,9 @@ class Replica:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
         sources = graph_tensors(module)
-        self._links[id(module)] = [self._link(source) for source in sources]
+        self._links.pop(id(module), None)
+        if sources:
+            self._links[id(module)] = [self._link(source) for source in sources]
         dicts = {}
         for name, value in dicts_of(module).items():
             # The same dict object each time, since a watch holds on to it; never the original's.
@@ -182,7 +184,9 @@ class Replica:
 
     def links(self) -> list[Link]:
         """All of them, in the same order in every replica."""
-        return [link for module in self._original.modules for link in self._links[id(module)]]
+        if not self._links:
+            return []
+        return [link for module in self._original.modules for link in self._links.get(id(module), ())]
 
     def _watch_own(self) -> None:
         self._own = Watch((place.twin for place in self._places[id(m)]) for m in self._original.modules)
@@ -191,7 +195,8 @@ class Replica:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
         modules = self._original.modules
         stale = {id(module): module for module in changed}
-        stale.update((id(module), module) for module in modules if self._links[id(module)])
+        if self._links:
+            stale.update((id(module), module) for module in modules if id(module) in self._links)
         stale.update((id(modules[index]), modules[index]) for index in self._own.changed())
         for module in stale.values():
             self._install(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -120,8 +121,8 @@ class Towers:
         """Freeze and thaw the parameters that the main tower's forward has frozen and thawed."""
         parameters = self._original.parameters
         leaves = self._replicas[0].leaves
-        now = [leaf.requires_grad for leaf in leaves]
-        if now != [parameter.requires_grad for parameter in parameters]:
+        now = list(map(attrgetter("requires_grad"), leaves))
+        if now != list(map(attrgetter("requires_grad"), parameters)):
             for parameter, leaf, flag in zip(parameters, leaves, now, strict=True):
                 if not leaf.is_inference():  # which can have no flag
                     parameter.requires_grad_(flag)
@@ -138,9 +139,10 @@ class Towers:
 
     def _take_gradients(self) -> list[list[Grad]]:
         """What the replicas' leaves have been given beside a backward of ours, tower-major; [] if nothing."""
-        towers: list[list[Grad]] = [[leaf.grad for leaf in replica.leaves] for replica in self._replicas]
-        if {type(None)}.issuperset(map(type, chain.from_iterable(towers))):  # nearly always
+        leaves = [replica.leaves for replica in self._replicas]
+        if {type(None)}.issuperset(map(type, map(attrgetter("grad"), chain.from_iterable(leaves)))):  # nearly always
             return []
+        towers: list[list[Grad]] = [[leaf.grad for leaf in replica.leaves] for replica in self._replicas]
         for replica in self._replicas:
             for leaf in replica.leaves:
                 leaf.grad = None
