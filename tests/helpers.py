@@ -96,3 +96,15 @@ def run_python(program: str, timeout_s: float = 60) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
     )
+
+
+def steps_follow(plain: nn.Module, wrapped: nn.Module, make: Callable[[int], Tensor], steps: int = 3) -> None:
+    """Both take the same few optimizer steps, and stay together."""
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for step in range(steps):
+            optimizer.zero_grad()
+            net(make(step)).square().mean().backward()
+            optimizer.step()
+    assert_same_gradients(wrapped, plain)
+    assert_same_parameters(wrapped, plain)

@@ -1,0 +1,260 @@
+"""What a forward leaves in its module is the main tower's: attributes, buffers, submodules, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import (
+    EVERY_COUNT,
+    assert_close,
+    assert_same_gradients,
+    batch,
+    twins,
+    wrap,
+)
+from torchtower import current_tower
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("assigned", torch.zeros(()))
+        self.register_buffer("none", None)
+        self.calls, self.log, self.table = 0, [], {}
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.in_place.add_(1)
+        self.assigned = self.assigned + 1
+        self.calls += 1
+        self.log.append(len(x))
+        self.table[self.calls] = "seen"
+        self.last_input = x
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_the_main_towers_forward_leaves_behind_is_kept(num_towers: int) -> None:
+    net = Counting().double()
+    wrapped = wrap(net, num_towers)
+    x = batch(4 * num_towers)
+    for _ in range(3):
+        wrapped(x).sum().backward()
+    assert net.in_place == 3 and net.assigned == 3 and net.calls == 3
+    assert net.log == [4, 4, 4] and net.table == {1: "seen", 2: "seen", 3: "seen"}
+    assert torch.equal(net.last_input, x[:4])
+    assert "assigned" in net._buffers and isinstance(net.assigned, Tensor)
+
+
+def test_other_towers_start_each_forward_from_the_main_towers_state() -> None:
+    seen: dict[int, list[Any]] = {0: [], 1: []}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("step", torch.zeros(()))
+            self.count = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[current_tower()].append((self.step.item(), self.count))
+            if current_tower() == 0:
+                self.step += 1
+                self.count += 1
+            return x
+
+    wrapped = wrap(Net(), 2)
+    for _ in range(3):
+        wrapped(batch(4))
+    wrapped.module.step.fill_(7)
+    wrapped.module.count = 9
+    wrapped(batch(4))
+    assert seen[0] == seen[1] == [(0, 0), (1, 1), (2, 2), (7, 9)]
+
+
+def test_what_other_towers_leave_behind_is_forgotten() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if current_tower() == 1:
+                self.mine = True
+            assert current_tower() == 1 or not hasattr(self, "mine")
+            return x
+
+    wrapped = wrap(Net(), 2)
+    for _ in range(2):
+        wrapped(batch(4))
+    assert not hasattr(wrapped.module, "mine")
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_that_is_assigned_and_then_written_to_follows_the_plain_module(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.ones((), dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state.mul_(3)
+            self.state = self.state + 1
+            self.state.mul_(2)
+            return x * self.state
+
+    plain, wrapped = twins(Net(), num_towers)
+    for step in range(4):
+        assert_close(wrapped(batch(9, seed=step)), plain(batch(9, seed=step)))
+    assert wrapped.module.state == plain.state
+
+
+def test_an_attribute_that_forward_deletes_is_gone_and_a_new_buffer_stays() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            if hasattr(self, "once"):
+                del self.once
+                self.register_buffer("late", torch.zeros(()))
+            self.late += 1
+            return x
+
+    wrapped = wrap(Net(), 2)
+    for _ in range(3):
+        wrapped(batch(4))
+    assert not hasattr(wrapped.module, "once") and wrapped.module.late == 3
+
+
+def test_a_submodule_made_in_the_first_forward_is_trained() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.head is None:
+                self.head = nn.Linear(x.shape[1], 2).double()
+            return self.head(x)
+
+    wrapped = wrap(Net(), 2)
+    with torch.no_grad():
+        wrapped(batch(4))
+    assert isinstance(wrapped.module.head, nn.Linear)
+    wrapped(batch(4)).sum().backward()
+    assert_close(wrapped.module.head.weight.grad, batch(4).sum(0).expand(2, 3).contiguous())
+
+
+def test_attributes_changed_on_the_wrapped_module_reach_every_tower() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.options = 1.0, {"shift": 0.0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale + self.options["shift"]
+
+    net = Net()
+    wrapped = wrap(net, 3)
+    x = batch(6)
+    assert torch.equal(wrapped(x), x)
+    net.scale = 2.0
+    assert torch.equal(wrapped(x), 2 * x)
+    net.options["shift"] = 1.0
+    assert torch.equal(wrapped(x), 2 * x + 1)
+    net.forward = lambda x: -x
+    assert torch.equal(wrapped(x), -x)
+    del net.forward
+    assert torch.equal(wrapped(x), 2 * x + 1)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_an_auxiliary_loss_left_in_an_attribute_trains_through_the_main_tower(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.trunk(x).tanh()
+            self.auxiliary = hidden.square().mean()
+            return self.head(hidden)
+
+    plain, wrapped = twins(Net(), num_towers)
+    x = batch(3 * num_towers)
+    for step in range(2):
+        plain(x[:3])
+        auxiliary = plain.auxiliary
+        (plain(x).square().mean() + auxiliary).backward()
+        (wrapped(x).square().mean() + wrapped.module.auxiliary).backward()
+        assert_same_gradients(wrapped, plain)
+        assert wrapped.module.auxiliary.requires_grad, step
+
+
+def test_an_auxiliary_loss_in_tower_loss_carries_its_full_weight() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.fc(x)
+            self.auxiliary = out.square().mean()
+            return out
+
+    plain, wrapped = twins(Net(), 2)
+    x = batch(6)
+    loss = wrapped.tower_loss(lambda net, x: net(x).mean(), x)
+    (loss + wrapped.module.auxiliary).backward()
+    (plain(x).mean() + plain.fc(x[:3]).square().mean()).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_losses_collected_in_a_list_train_through_the_main_tower() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.losses = nn.Linear(3, 2), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.losses = [self.fc(x).square().mean()]
+            return self.fc(x)
+
+    plain, wrapped = twins(Net(), 2)
+    x = batch(6)
+    (wrapped(x).sum() + wrapped.module.losses[0]).backward()
+    (plain(x).sum() + plain.fc(x[:3]).square().mean()).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+class Inner(nn.Module):
+    """Trains one of its layers while it goes forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            self.trained(x).square().sum().backward()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(num_towers: int) -> None:
+    plain, wrapped = twins(Inner(), num_towers)
+    for step in range(2):
+        for net in (plain, wrapped):
+            with torch.no_grad():
+                net(batch(7, seed=step))
+        assert_same_gradients(wrapped, plain)
+        for net in (plain, wrapped):
+            net(batch(7, seed=step)).sum().backward()
+        assert_same_gradients(wrapped, plain)
+    plain.zero_grad()
+    wrapped.zero_grad()
+    for net in (plain, wrapped):
+        net(batch(7)).sum().backward()
+    assert_same_gradients(wrapped, plain)

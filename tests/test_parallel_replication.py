@@ -1,0 +1,558 @@
+"""Replicas follow their module, whatever leads back to it and whatever a forward or a user changes."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import io
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.helpers import (
+    EVERY_COUNT,
+    assert_close,
+    assert_same_gradients,
+    assert_same_parameters,
+    assert_trains_alike,
+    batch,
+    mlp,
+    steps_follow,
+    twins,
+    wrap,
+)
+from torchtower import current_tower
+
+# ---- traps for replication
+
+
+class SelfReferring(nn.Module):
+    """Leads back to itself in every way that Python offers."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0, 4.0]))
+        self.fc = nn.Linear(3, 3)
+        self.way = way
+        self.by_method = self.scaled
+        self.by_partial = functools.partial(SelfReferring.scaled, self)
+        self.by_closure = lambda x: self.scaled(x)
+        self.by_list = [self.fc]
+        self.by_dict = {"fc": self.fc}
+        self.by_tuple = (("fc", self.fc),)
+        self.by_set = {self.fc}
+        self.by_reference = weakref.ref(self)
+        self.by_default = lambda x, net=self: net.scaled(x)
+        self.by_parent = [self]
+        self.by_weight = [self.weight]
+
+        def recursive(x: Tensor, depth: int = 2) -> Tensor:
+            return recursive(x, depth - 1) if depth else self.scaled(x)
+
+        self.by_recursion = recursive
+        visitors: dict[str, Any] = {}
+        visitors["leaf"] = lambda x: self.scaled(x)
+        visitors["node"] = lambda x: visitors["leaf"](x)
+        self.by_each_other = visitors["node"]
+        self.by_builtin = {"scaled": self.scaled}.get
+        self.by_weak_method = weakref.WeakMethod(self.scaled)
+        self.by_defaultdict = collections.defaultdict(list, scaled=[self.scaled])
+        self.by_record = types.SimpleNamespace(scaled=self.scaled)
+        self.by_cycle: list[Any] = [self.scaled]
+        self.by_cycle.append((self.by_cycle,))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        way = getattr(self, f"by_{self.way}")
+        if self.way in CALLABLE:
+            return way(x)
+        if self.way in HOLDING:
+            return HOLDING[self.way](way)(x)
+        if self.way == "reference":
+            return way().scaled(x)
+        if self.way == "parent":
+            return way[0].scaled(x)
+        if self.way == "weight":
+            return x * way[0]
+        (fc,) = [pair[1] for pair in way] if self.way == "tuple" else way.values() if self.way == "dict" else way
+        assert fc is self.fc
+        return self.scaled(fc(x))
+
+
+CALLABLE = ["method", "partial", "closure", "default", "recursion", "each_other"]
+HOLDING: dict[str, Callable[[Any], Any]] = {
+    "builtin": lambda way: way("scaled"),
+    "weak_method": lambda way: way(),
+    "defaultdict": lambda way: way["scaled"][0],
+    "record": lambda way: way.scaled,
+    "cycle": lambda way: way[1][0][0],
+}
+WAYS = [*CALLABLE, *HOLDING, "list", "dict", "tuple", "set", "reference", "parent", "weight"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_attributes_that_lead_back_to_the_module_lead_to_the_towers_own(way: str) -> None:
+    plain, wrapped = SelfReferring(way).double(), SelfReferring(way).double()
+    wrapped.load_state_dict(plain.state_dict())
+    steps_follow(plain, wrap(wrapped, 3), lambda step: batch(7, seed=step))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_derivatives_through_attributes_that_lead_back_to_the_module_are_the_plain_modules(way: str) -> None:
+    # A tower that used the original's parameters would leave their gradients there itself, and return none.
+    plain, wrapped = SelfReferring(way).double(), wrap(SelfReferring(way).double(), 3)
+    wrapped.module.load_state_dict(plain.state_dict())
+    grads = [torch.autograd.grad(net(batch(7)).square().mean(), list(net.parameters())) for net in (plain, wrapped)]
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        assert_close(ours, theirs)
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+def test_lists_of_submodules_outside_of_module_lists_are_trained() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [[nn.Linear(3, 3).double()], {"last": nn.Linear(3, 2).double()}]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hidden[1]["last"](self.hidden[0][0](x))
+
+    plain = Net()
+    wrapped = wrap(copy.deepcopy(plain), 3)
+    for net in (plain, wrapped):
+        net(batch(7)).square().sum().backward()
+    for ours, theirs in (
+        (wrapped.module.hidden[0][0], plain.hidden[0][0]),
+        (wrapped.module.hidden[1]["last"], plain.hidden[1]["last"]),
+    ):
+        assert_same_gradients(ours, theirs)
+
+
+def test_a_child_that_knows_its_parent_works() -> None:
+    class Child(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.parent = [parent]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parent[0].fc(x)
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.child = Child(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.child.parent[0] is self
+            return self.child(x)
+
+    assert_trains_alike(Parent(), 3, batch(7))
+
+
+def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert next(self.parameters()).device == x.device
+            assert all(p.is_leaf and isinstance(p, nn.Parameter) for p in self.parameters())
+            assert [name for name, _ in self.named_parameters()] == ["fc.weight", "fc.bias"]
+            penalty = sum(p.square().sum() for p in self.parameters())
+            return self.fc(x) + penalty
+
+    assert_trains_alike(Net(), 3, batch(7))
+
+
+def test_a_forward_may_zero_gradients_and_read_the_state_dict() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.zero_grad()
+            assert len(self.state_dict()) == 2
+            return self.fc(x)
+
+    assert_trains_alike(Net(), 2, batch(5))
+
+
+def test_replicas_are_instances_of_the_modules_class_with_its_methods() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        @property
+        def width(self) -> int:
+            return self.fc.out_features
+
+        def encode(self, x: Tensor) -> Tensor:
+            return self.fc(x).tanh()
+
+    plain, wrapped = twins(Net(), 3)
+
+    def loss_fn(net: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(net, Net) and net.width == 2
+        return net.encode(x).square().mean()
+
+    wrapped.tower_loss(loss_fn, batch(7)).backward()
+    plain.encode(batch(7)).square().mean().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_modules_with_unusual_classes_can_be_replicated() -> None:
+    class Odd(nn.Module):
+        def __new__(cls, *args: Any) -> Odd:
+            return super().__new__(cls)
+
+        def __init__(self, required: int) -> None:
+            super().__init__()
+            self.fc, self.lock, self.numbers = nn.Linear(3, required), threading.Lock(), (n for n in range(3))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name: str) -> Any:
+            return 5.0 if name == "made_up" else super().__getattr__(name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs) * self.made_up
+
+        def forward(self, x: Tensor) -> Tensor:
+            with self.lock:
+                return self.fc(x)
+
+    net = Odd(2).double()
+    assert_close(wrap(net, 3)(batch(7)), net(batch(7)))
+
+
+def test_a_forward_redirected_to_another_method_and_back_works() -> None:
+    """As Lightning does: forward is replaced for the length of a call."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def training_step(self, x: Tensor) -> Tensor:
+            return self.fc(x).square().sum()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    plain, wrapped = twins(Net(), 2)
+    inner = wrapped.module
+    original = inner.forward
+
+    def redirected(*args: Any) -> Any:
+        inner.forward = original
+        return inner.training_step(*args)
+
+    inner.forward = redirected
+    total = wrapped(batch(4)).sum()
+    total.backward()
+    plain.training_step(batch(4)).backward()
+    assert_same_gradients(wrapped, plain)
+    inner.forward = original
+    assert wrapped(batch(4)).shape == (4, 2)
+
+
+def test_functional_transforms_and_gradients_inside_forward_work() -> None:
+    class Energy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(3, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                energy = self.net(x)
+                (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+            jacobian = torch.func.vmap(torch.func.jacrev(self.net))(x)
+            return force, jacobian.squeeze(1)
+
+    assert_trains_alike(Energy(), 3, batch(7), loss=lambda out: out[0].square().sum() + out[1].pow(3).sum())
+
+
+def test_custom_autograd_functions_work() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x**3 * weight
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            return grad * 3 * x**2 * weight, (grad * x**3).sum(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.weight = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Cube.apply(self.fc(x), self.weight)
+
+    assert_trains_alike(Net(), 3, batch(7))
+
+
+def test_data_dependent_control_flow_may_differ_between_towers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([(self.a if row[0] > 0 else self.b)(row) for row in x])
+
+    assert_trains_alike(Net(), 3, batch(9))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda net: torch.jit.trace(net, batch(4))], ids=["script", "trace"]
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_scripted_modules_work(make: Any, nested: bool) -> None:
+    plain = mlp()
+    scripted = make(copy.deepcopy(plain))
+    wrapped = wrap(nn.Sequential(scripted) if nested else scripted, 2)
+    for step in range(2):
+        assert_close(wrapped(batch(5, seed=step)), plain(batch(5, seed=step)))
+        for net in (plain, wrapped):
+            net.zero_grad()
+            net(batch(5, seed=step)).square().sum().backward()
+        grads = [p.grad for p in wrapped.parameters()]
+        for got, p in zip(grads, plain.parameters(), strict=True):
+            assert_close(got, p.grad)
+
+
+class Counted(nn.Module):
+    """Tied parameters, and buffers of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.tied = self.first
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.last(self.norm(self.tied(self.first(x))))
+
+
+def from_file(net: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, from_file], ids=["script", "file"])
+def test_a_scripted_module_is_followed(make: Any) -> None:
+    scripted = make(Counted().double())
+    wrapped = wrap(scripted, 2)
+    wrapped(batch(4))
+    assert float(scripted.seen) == 1 and bool(scripted.norm.running_mean.any())
+    scripted.eval()
+    frozen = scripted.norm.running_mean.clone()
+    assert_close(wrapped(batch(4)), scripted(batch(4)))
+    assert torch.equal(scripted.norm.running_mean, frozen)
+    for p in scripted.last.parameters():
+        p.requires_grad_(False)
+    scripted.first.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+    out = wrapped(batch(4))
+    assert_close(out, scripted(batch(4)))
+    out.sum().backward()
+    assert scripted.last.weight.grad is None and scripted.first.weight.grad is not None
+    wrapped.float()
+    assert wrapped(batch(4).float()).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_frozen_scripted_module_works() -> None:
+    plain = mlp().eval()
+    assert_close(wrap(torch.jit.freeze(torch.jit.script(plain)), 3)(batch(7)), plain(batch(7)))
+
+
+def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
+                return layer(x) * times
+
+            self.call = call
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
+    net.load_state_dict(plain.state_dict())
+    wrapped = wrap(net, 2)
+    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
+    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- parameters that a forward gives other data
+
+
+class Clamped(nn.Module):
+    """Assigns to a parameter's data whenever it runs, as some constraints do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.weight.data = self.last.weight.data.clamp(-0.3, 0.3)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> None:
+    plain, wrapped = twins(Clamped(), num_towers)
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+        for step in range(6):
+            optimizer.zero_grad()
+            net(batch(8, seed=step)).square().sum().backward()
+            optimizer.step()
+    assert_same_parameters(wrapped, plain)
+    assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+def test_data_that_only_another_tower_assigns_are_dropped() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.last(x)
+            if current_tower() == 1:
+                self.last.weight.data = torch.zeros(2, 3, dtype=torch.float64)
+            return out
+
+    plain, wrapped = twins(Net(), 2)
+    for _ in range(2):
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+# ---- attributes elsewhere, and unusual classes
+
+
+def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
+            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            stacked = {
+                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
+            }
+            one = self.skeleton[0]
+            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
+
+    assert_trains_alike(Ensemble(), 3, batch(7))
+
+
+def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
+    class Net(nn.Module):
+        def __new__(cls, width: int) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, width)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            twin = Net(2)
+            twin.load_state_dict(self.state_dict())
+            return twin.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x)
+
+    assert_trains_alike(Net(2), 2, batch(7))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, 2)
+
+        @torch.enable_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        with torch.no_grad():
+            out = net(batch(7))
+        out.square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
+    with torch.inference_mode():
+        plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().double()
+        wrapped = wrap(plain, num_towers)
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+    with torch.no_grad():
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+# ---- buffers that change their shape
+
+
+class Resizing(nn.Module):
+    """As observers of quantisation-aware training do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+        self.register_buffer("seen", torch.empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen.numel() == 0:
+            self.seen.resize_(3).fill_(1)
+        self.seen.mul_(2)
+        return self.last(x * self.seen)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_may_change_its_shape_and_dtype(num_towers: int) -> None:
+    plain, wrapped = twins(Resizing(), num_towers)
+    for rows in (1, 8, 8, 1, 8):
+        assert_close(wrapped(batch(rows)), plain(batch(rows)))
+        assert_close(wrapped.module.seen, plain.seen)
+    for value in (torch.ones(1), torch.ones(1, 3, dtype=torch.int64)):
+        for net in (plain, wrapped.module):
+            net.seen.data = value.clone()
+        assert_close(wrapped(batch(8)), plain(batch(8)))
