@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -344,3 +345,95 @@ def test_freezing_and_thawing_in_a_forward_are_the_modules_own(flag: bool, num_t
             net(x).sum().backward()
         assert wrapped.module.body.weight.requires_grad == plain.body.weight.requires_grad
         assert_same_gradients(wrapped, plain)
+
+
+def test_hooks_may_share_a_place_and_its_name_may_come_and_go() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    x = batch(1).expand(4, 3)
+    for net in (plain, wrapped):
+        inner = getattr(net, "module", net)
+        found: Any = None
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal found
+            found = output
+
+        def keep_too(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal found
+            found = output if found is None else found
+
+        for hook in (keep, keep_too, _keep_in_a_fresh_name):
+            inner[0].register_forward_hook(hook)
+        for _ in range(2):
+            net(x)
+            (found.mean(0).sum() + _fresh.mean(0).sum()).backward()
+            del globals()["_fresh"]
+    assert_same_gradients(wrapped, plain)
+
+
+def _keep_in_a_fresh_name(module: nn.Module, args: Any, output: Tensor) -> None:
+    global _fresh
+    _fresh = output
+
+
+def test_modules_that_share_a_dataclass_share_it_in_every_tower() -> None:
+    class Child(nn.Module):
+        def __init__(self, box: Box) -> None:
+            super().__init__()
+            self.box = box
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.box.loss
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.box = Box()
+            self.fc, self.child = nn.Linear(3, 2), Child(self.box)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.box is self.child.box
+            self.box.loss = self.fc.weight.square().sum()
+            return self.child(self.fc(x))
+
+    plain, wrapped = twins(Parent(), 3)
+    x = batch(7)
+    for _ in range(3):
+        for net in (plain, wrapped):
+            net(x).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_objects_of_a_kind_of_their_own_are_shared_and_never_written_to() -> None:
+    @dataclasses.dataclass
+    class Only:
+        net: Any = None
+
+        def __copy__(self) -> Any:
+            return self
+
+    @dataclasses.dataclass
+    class Locked:
+        net: Any = None
+        lock: Any = dataclasses.field(default_factory=threading.Lock)
+
+        def __getstate__(self) -> Any:
+            return {"net": self.net}
+
+    @dataclasses.dataclass
+    class Output(collections.OrderedDict[str, Any]):
+        net: Any = None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.held = [kind(self.fc) for kind in (Only, Locked, Output)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    net = Net()
+    held = list(net.held)
+    wrap(net, 2)(torch.ones(4, 3)).sum().backward()
+    assert all(old is new and new.net is net.fc for old, new in zip(held, net.held, strict=True))

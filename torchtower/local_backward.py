@@ -130,9 +130,36 @@ def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
         if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if type(node).__name__ == "AccumulateGrad":  # an autograd function may have a variable, too
             yield node.variable
         pending.extend(following for following, _ in node.next_functions)
+
+
+def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: dict[Any, set[int]]) -> set[int]:
+    """Whose leaves a backward from ``tensors`` would reach.
+
+    Args:
+        tensors: with graphs.
+        tower_of: each leaf's tower, by its id.
+        known: what was found behind nodes by earlier calls; added to, so that many tensors of one graph cost one walk.
+    """
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
+    met: list[Any] = []
+    towers: set[int] = set()
+    while pending:
+        node = pending.pop()
+        if node is None:
+            continue
+        if node in known:
+            towers |= known[node]
+            continue
+        known[node] = set()
+        met.append(node)
+        if type(node).__name__ == "AccumulateGrad" and id(node.variable) in tower_of:
+            towers.add(tower_of[id(node.variable)])
+        pending.extend(following for following, _ in node.next_functions)
+    known.update((node, towers) for node in met)
+    return towers
 
 
 def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]]:

@@ -180,6 +180,7 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         )
     found: list[Any] = []
     containers: list[Any] = []
+    seen: set[int] = set()
     pending = [value for name, value in module.__dict__.items() if name not in MODULE_DICTS]
     found.extend(module._parameters.values())
     found.extend(module._buffers.values())
@@ -190,7 +191,8 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
             found.append(value)
         elif isinstance(value, tuple):
             pending.extend(value)
-        elif (container := container_of(value)) is not None and not any(container is c for c in containers):
+        elif (container := container_of(value)) is not None and id(container) not in seen:
+            seen.add(id(container))
             containers.append(container)
             pending.extend(_values(container))
     return [value for value in found if value is not None], containers

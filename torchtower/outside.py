@@ -11,11 +11,14 @@ import functools
 import types
 import weakref
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from torchtower.rewrite import cell_content, container_of, is_small_container
+
+_LAST = 1024
 
 
 class Slot(NamedTuple):
@@ -62,16 +65,16 @@ class Outside:
                 self._roots.extend(cells)
                 pending.extend(map(cell_content, cells))
                 pending.extend((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()))
-                names = [name for name in value.__code__.co_names if name in value.__globals__]
+                names = value.__code__.co_names  # some of attributes
                 self._globals.extend(Slot(value.__globals__, name) for name in names)
-                pending.extend(v for name in names if _is_function(v := value.__globals__[name]))
+                pending.extend(v for name in names if _is_function(v := value.__globals__.get(name)))
             elif isinstance(value, types.MethodType):
                 pending.extend((value.__func__, value.__self__))
             elif isinstance(value, functools.partial):
                 pending.extend((value.func, *value.args, *value.keywords.values()))
             elif is_small_container(value):
                 self._roots.append(value)
-            elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, Tensor)):
+            elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, (types.ModuleType, Tensor)):
                 self._roots.append(vars(value))
 
     def _kept(self) -> Iterator[tuple[Slot, list[Tensor]]]:
@@ -81,7 +84,10 @@ class Outside:
         seen = set(map(id, self._roots))
         while pending:
             slot = pending.pop()
-            value = slot.get()
+            try:
+                value = slot.get()
+            except LookupError:  # a name that has been deleted, a list that another thread shortens
+                continue
             if isinstance(value, Tensor):
                 if value.grad_fn is not None:
                     yield slot, [value]
@@ -113,7 +119,7 @@ def exchange(slots: Sequence[Slot], connected: dict[int, Tensor]) -> None:
         if isinstance(value, tuple):
             slot.set(tuple(connected.get(id(item), item) for item in value))
         else:
-            slot.set(connected[id(value)])
+            slot.set(connected.get(id(value), value))  # hooks may share a place, which is then exchanged once
 
 
 def _nothing() -> None:
@@ -125,7 +131,10 @@ def _slots(container: Any) -> list[Slot]:
         return [Slot(container, None)]
     if isinstance(container, set):  # unordered: nothing can be put in something's place
         return []
-    return [Slot(container, key) for key in (container if isinstance(container, dict) else range(len(container)))]
+    # The last ones: a hook adds at the end, and what it has added in a thousand steps is no business of this one.
+    if isinstance(container, dict):
+        return [Slot(container, key) for key in islice(reversed(container), _LAST)]
+    return [Slot(container, index) for index in range(len(container))[-_LAST:]]
 
 
 def _is_function(value: Any) -> bool:

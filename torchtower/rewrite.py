@@ -30,10 +30,17 @@ def is_small_container(value: Any) -> bool:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether ``value`` is a dataclass's or a SimpleNamespace, whose attributes towers get copies of."""
+    """Whether ``value`` is a dataclass's or a SimpleNamespace, whose attributes towers get copies of.
+
+    Only of classes that make their objects as Python does: a singleton, an Enum or a dict is something else besides.
+    """
     kind = type(value)
     return kind is types.SimpleNamespace or (
-        dataclasses.is_dataclass(kind) and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+        dataclasses.is_dataclass(kind)
+        and kind.__new__ is object.__new__
+        and not isinstance(value, nn.Module)
+        and type(getattr(value, "__dict__", None)) is dict
+        and not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
     )
 
 
@@ -55,6 +62,7 @@ class Translation:
     def __init__(self, *, copy_containers: bool = False) -> None:
         self._copy_containers = copy_containers
         self._table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
+        self._records: dict[int, tuple[Any, Any]] = {}  # and their copies: what two modules share, their twins share
 
     def add(self, source: Any, target: Any) -> None:
         """Let ``source`` be translated to ``target``."""
@@ -77,7 +85,7 @@ class Translation:
             return entry[1]
         if isinstance(value, (Tensor, nn.Module)):
             return value
-        return _Copy(self._table, value).of(value, self._copy_containers)
+        return _Copy(self._table, self._records, value).of(value, self._copy_containers)
 
 
 class _Copy:
@@ -85,11 +93,13 @@ class _Copy:
 
     Args:
         table: as of `Translation`.
+        records: likewise.
         root: the value.
     """
 
-    def __init__(self, table: dict[int, tuple[Any, Any]], root: Any) -> None:
+    def __init__(self, table: dict[int, tuple[Any, Any]], records: dict[int, tuple[Any, Any]], root: Any) -> None:
         self._table = table
+        self._records = records
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
 
@@ -123,11 +133,13 @@ class _Copy:
             return entry[1]
         if id(value) in self._done:
             return self._done[id(value)]
-        copy = copy and (isinstance(value, tuple) or container_of(value) is not None)
+        copy = copy and (type(value) is tuple or hasattr(value, "_fields") or container_of(value) is not None)
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
-        if type(value) in _CONTAINERS or _is_record(value):
+        if _is_record(value):
+            self._done[id(value)] = self._record(value, copy)
+        elif type(value) in _CONTAINERS:
             self._done[id(value)] = copying.copy(value)  # keeps a default_factory, a maxlen
             _refill(self._done[id(value)], [self.of(part, copy) for part in _parts_of(value) or ()])
         elif isinstance(value, types.FunctionType):
@@ -135,6 +147,18 @@ class _Copy:
         else:
             self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in _parts_of(value) or ()])
         return self._done[id(value)]
+
+    def _record(self, value: Any, copy: bool) -> Any:
+        if id(value) not in self._records:
+            # None of the class's own code is run, which might hand out the user's object.
+            twin = types.SimpleNamespace() if type(value) is types.SimpleNamespace else object.__new__(type(value))
+            self._records[id(value)] = (value, twin)
+        _, twin = self._records[id(value)]
+        self._done[id(value)] = twin
+        parts = {name: self.of(part, copy) for name, part in vars(value).items()}
+        vars(twin).clear()
+        vars(twin).update(parts)
+        return twin
 
     def _immutable(self, value: Any, parts: list[Any]) -> Any:
         if not _changed(_parts_of(value) or [], parts):
@@ -198,9 +222,6 @@ def _parts_of(value: Any) -> list[Any] | None:
 
 
 def _refill(container: Any, parts: list[Any]) -> None:
-    if _is_record(container):
-        vars(container).update(zip(vars(container), parts, strict=True))
-        return
     container.clear()
     if isinstance(container, dict):
         half = len(parts) // 2

@@ -106,14 +106,15 @@ class Round:
         Returns:
             What a signal's handler has raised.
         """
-        while len(self._finished) < len(self._starts):
+        while True:
             try:
-                if self._arrivals or self._num_started < len(self._starts):
-                    self._advance(max_concurrency)
-                self._reports.get()
+                while len(self._finished) < len(self._starts):
+                    if self._arrivals or self._num_started < len(self._starts):
+                        self._advance(max_concurrency)
+                    self._reports.get()
+                return self._interrupt
             except BaseException as error:
                 self._interrupt = self._interrupt or error
-        return self._interrupt
 
     def _advance(self, max_concurrency: int) -> None:
         """Let towers start and go on, as many as may."""

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, ValuesView
+from io import IOBase
 from itertools import islice
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -243,11 +244,13 @@ def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
 
 def _holds_tensors(value: Any) -> bool:
     """Whether an object leads to a tensor: by attributes, containers or what a function closes over."""
+    if isinstance(value, Iterator) and not isinstance(value, IOBase):  # what it will yield, nobody knows
+        return True
     seen: set[int] = set()
     pending = [value]
-    while pending:
+    while pending and len(seen) < _MANY:
         value = pending.pop()
-        if isinstance(value, (Tensor, Iterator)):  # what an iterator will yield, nobody knows
+        if isinstance(value, Tensor):
             return True
         if id(value) in seen or isinstance(value, (*_PLAIN, nn.Module, type, ModuleType)):
             continue
@@ -259,6 +262,7 @@ def _holds_tensors(value: Any) -> bool:
 # Neither these nor the parts of a larger container than this are looked into for tensors.
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
 _LARGE = 64
+_MANY = 1024  # objects, after which the search is given up
 
 
 def _parts_of(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import leaves_of
+from torchtower.local_backward import leaves_of, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, exchange
 from torchtower.ports import Port
@@ -287,10 +287,11 @@ class Towers:
             for leaf in (*replica.leaves, *[link.leaf for link in replica.links()], *own)
         }
         kept = []
+        known: dict[Any, set[int]] = {}
         for slot, tensors in found:
-            towers = {tower_of[id(leaf)] for leaf in leaves_of(tensors) if id(leaf) in tower_of}
+            towers = towers_behind(tensors, tower_of, known)
             if len(towers) == 1:
-                kept.append((slot, towers.pop(), tensors))
+                kept.append((slot, min(towers), tensors))
         return kept
 
     def _write_back(self, left_behind: list[tuple[int, Tensor]], connected: dict[int, Any]) -> None:

@@ -46,6 +46,7 @@ class TowerPool:
         self._last_round_s = 0.0
         self.has_met = False  # whether the towers of the last round exchanged anything
         self._closed = False
+        self._running = False
         self._lock = threading.RLock()
         _pools.add(self)
 
@@ -59,7 +60,7 @@ class TowerPool:
         The share is fixed because the intra-op count changes the bits of some operators.
         """
         share = max(1, torch.get_num_threads() // len(self.devices))
-        if share != self._intra_op_threads:
+        if share != self._intra_op_threads and not self._running:
             self._end_threads()
             self._intra_op_threads = share
 
@@ -97,8 +98,12 @@ class TowerPool:
                 _send_team_home()
             began_s = time.perf_counter()
             round_ = Round(starts, weights)
-            with without_parametrization_cache():
-                interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            self._running = True
+            try:
+                with without_parametrization_cache():
+                    interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            finally:
+                self._running = False
             self.has_met = round_.has_met
             self._last_round_s = time.perf_counter() - began_s
             seeds.move_on()
@@ -126,7 +131,8 @@ class TowerPool:
     def close(self) -> None:
         """End the threads for good: a later `run` starts new ones, and ends them."""
         self._closed = True
-        self._end_threads()
+        if not self._running:  # in the middle of a round, that round ends them
+            self._end_threads()
 
     def _end_threads(self) -> None:
         threads, self._threads = self._threads, []
