@@ -112,7 +112,7 @@ class Outside:
         return found
 
 
-def exchange(slots: Sequence[Slot], connected: dict[int, Tensor]) -> None:
+def put_connected(slots: Sequence[Slot], connected: dict[int, Tensor]) -> None:
     """Put the connected tensors, by the local ones' ids, where the local ones are."""
     for slot in slots:
         value = slot.get()

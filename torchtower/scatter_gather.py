@@ -255,7 +255,7 @@ def _holds_tensors(value: Any) -> bool:
         if id(value) in seen or isinstance(value, (*_PLAIN, nn.Module, type, ModuleType)):
             continue
         seen.add(id(value))
-        pending.extend(_parts_of(value))
+        pending.extend(_held_by(value))
     return False
 
 
@@ -265,7 +265,7 @@ _LARGE = 64
 _MANY = 1024  # objects, after which the search is given up
 
 
-def _parts_of(value: Any) -> list[Any]:
+def _held_by(value: Any) -> list[Any]:
     if isinstance(value, (Mapping, ValuesView)):
         return list(islice(value.values() if isinstance(value, Mapping) else value, _LARGE))
     if isinstance(value, (tuple, list, set, frozenset, deque)):

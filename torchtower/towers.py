@@ -18,7 +18,7 @@ from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.local_backward import leaves_of, towers_behind
 from torchtower.original import Original
-from torchtower.outside import Slot, exchange
+from torchtower.outside import Slot, put_connected
 from torchtower.ports import Port
 from torchtower.replicate import Replica, Written, write_back
 from torchtower.rewrite import container_of
@@ -261,7 +261,7 @@ class Towers:
             id(local): main for (_, local), main in zip(left_behind, values[len(out_ports) :], strict=True)
         }
         self._write_back(left_behind, connected)
-        exchange([slot for slot, _, _ in kept], connected)
+        put_connected([slot for slot, _, _ in kept], connected)
         return values[: len(out_ports)]
 
     def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Grad]]]:
