@@ -1052,17 +1052,6 @@ def test_transforms_of_the_wrapper_are_those_of_the_module(name: str) -> None:
     assert_close(TRANSFORMS[name](wrapped, batch(4)), TRANSFORMS[name](plain, batch(4)))
 
 
-@pytest.mark.xfail(strict=True, reason="the threads of towers know nothing of the batch dimension that vmap adds")
-def test_batched_gradients_agree() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    found = []
-    for net in (plain, wrapped):
-        x = batch(4, requires_grad=True)
-        ways = torch.eye(2, dtype=torch.float64)
-        found.append(torch.autograd.grad(net(x).sum(0), x, ways, is_grads_batched=True)[0])
-    assert_close(found[1], found[0])
-
-
 def test_wrapped_is_a_data_parallel_with_its_signature() -> None:
     wrapped = TowerParallel(mlp(), ["cpu", "cpu"], "cpu", 0)
     assert isinstance(wrapped, nn.DataParallel)

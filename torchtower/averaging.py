@@ -187,7 +187,7 @@ def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in
     if list(weights) == [1.0]:
         return [grads[0] if in_place else grads[0].clone() for grads in columns]
     has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads)
-    if has_graph or _is_transformed():
+    if has_graph or _is_transformed() or (not in_place and any(_is_batched(grads[0]) for grads in columns)):
         return [_composed.mean(grads, weights) for grads in columns]
     out = [
         grads[0] if in_place and not _composed.is_expanded(grads[0]) else torch.empty_like(grads[0])
@@ -196,6 +196,9 @@ def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in
     towers = zip(*columns, strict=True)
     ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
     return out
+
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # what torch.autograd.grad(is_grads_batched=True) makes
 
 
 def _is_transformed() -> bool:

@@ -34,12 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtower.asked import Asked
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.held import HeldGradients
 from torchtower.local_backward import LocalBackward, LocalGrad
-from torchtower.ports import Port, join
+from torchtower.ports import Port, join, without_graph
 from torchtower.rounds import current_tower
 from torchtower.streams import Streams
 from torchtower.workers import TowerPool
@@ -146,8 +147,8 @@ class Bridge:
             self.free()
         return values
 
-    def backward(self, main_inputs: Sequence[Tensor], nodes: Sequence[Any], grads: Sequence[Grad]) -> list[Grad]:
-        """From gradients of the outputs to gradients of the inputs, to whose ``nodes`` they go."""
+    def backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
+        """From gradients of the outputs to those of the inputs that are asked for."""
         if current_tower() is not None:
             raise RuntimeError(
                 "TowerParallel: expected the backward of a wrapped module's output outside of its towers, but it was "
@@ -158,15 +159,15 @@ class Bridge:
         parameters = main_inputs[: family.num_parameters]
         accumulated: list[bool] = []
         if family.held or not family.synchronize:
-            accumulated = [_is_accumulated(node) for node in nodes[: len(parameters)]]
+            accumulated = asked.accumulated(len(parameters))
         outputs = self._alive()
         with torch.no_grad():
             local_grads = self._local_grads(outputs, grads)
         keep = _autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
-            values = self._differentiable_backward(main_inputs, grads, local_grads, keep)
+            values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)
         else:
-            values = self._first_order_backward(parameters, local_grads, keep, accumulated)
+            values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
         if family.held and family.synchronize:
             kept = family.held.kept(parameters, accumulated)
             columns = list(zip(values, *kept, strict=False))
@@ -176,26 +177,42 @@ class Bridge:
         return values
 
     def _first_order_backward(
-        self, parameters: Sequence[Tensor], local_grads: list[list[Grad]], keep: bool, accumulated: list[bool]
+        self,
+        parameters: Sequence[Tensor],
+        local_grads: list[list[Grad]],
+        keep: bool,
+        accumulated: list[bool],
+        asked: Asked,
     ) -> list[Grad]:
         family = self._family
+        keep = keep or family.keeps_graphs
         collection = None
-        if family.buckets and family.synchronize:
-            collection = Collection(family.buckets, family.weights, family.pool.devices[0])
-        jobs = [
-            LocalBackward(*parts, keep or family.keeps_graphs, _sender(collection, tower, parts[2]))
-            for tower, parts in enumerate(
-                zip(self._alive(), local_grads, self._inputs, self._requires_grad, strict=True)
-            )
-        ]
+        towers = zip(self._alive(), local_grads, self._inputs, self._wanted(asked), strict=True)
+        jobs: list[Callable[[], list[Grad]]]
+        if not asked.all:
+            jobs = [LocalGrad(*parts, keep) for parts in towers]
+        else:
+            if family.buckets and family.synchronize:
+                collection = Collection(family.buckets, family.weights, family.pool.devices[0])
+            jobs = [
+                LocalBackward(*parts, keep, _sender(collection, tower, parts[2])) for tower, parts in enumerate(towers)
+            ]
         local = family.pool.run(jobs, weights=family.weights)
         if collection is not None:
             collected = collection.finish(local, len(parameters))
             rest = [grads[len(parameters) :] for grads in local]
             return collected + join(self._in_ports[len(parameters) :], rest, family.weights, in_place=True)
         if not family.synchronize:
-            local = family.held.keep(parameters, local, family.weights, accumulated)
-        return join(self._in_ports, local, family.weights, in_place=True)
+            local = family.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
+        # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
+        return join(self._in_ports, local, family.weights, in_place=asked.all)
+
+    def _wanted(self, asked: Asked) -> list[list[bool]]:
+        """Of which local inputs gradients are wanted, tower-major: those that required them when the forward ran."""
+        if asked.all:
+            return self._requires_grad
+        flags = asked.flags()
+        return [[flag and wanted for flag, wanted in zip(tower, flags, strict=True)] for tower in self._requires_grad]
 
     def _local_grads(self, outputs: list[list[Grad]], grads: Sequence[Grad]) -> list[list[Grad]]:
         columns: list[list[Grad]] = []
@@ -213,6 +230,7 @@ class Bridge:
         grads: Sequence[Grad],
         local_grads: list[list[Grad]],
         keep: bool,
+        asked: Asked,
     ) -> list[Grad]:
         self._family.keep_until_end_of_backward(keep)
         given = [index for index, grad in enumerate(grads) if grad is not None]
@@ -221,8 +239,10 @@ class Bridge:
             [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
         ]
         jobs = [
-            LocalGrad([outputs[i] for i in given], *rest)
-            for outputs, *rest in zip(self._alive(), cotangents, self._inputs, self._requires_grad, strict=True)
+            LocalGrad([outputs[i] for i in given], local, leaves, wanted, keep_graph=True)
+            for outputs, local, leaves, wanted in zip(
+                self._alive(), cotangents, self._inputs, self._wanted(asked), strict=True
+            )
         ]
         second = Bridge(
             self._family,
@@ -257,24 +277,13 @@ class _BridgeNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
         with ctx.bridge.streams.current():
-            nodes = [node for node, _ in ctx.next_functions[1:]]
-            return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, nodes, grads))
-
-
-def _is_accumulated(node: Any) -> bool:
-    """Whether the engine, in this backward, accumulates into the leaf that ``node`` stands for."""
-    if node is None:
-        return False
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # torch.autograd.grad wants this leaf's gradient for itself
-        return False
+            return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx.next_functions), grads))
 
 
 def _like(part: Grad, output: Grad) -> Grad:
     if part is None or output is None:
         return None
-    return move(part.detach(), output.device)
+    return move(without_graph(part), output.device)
 
 
 def _leaf(part: Grad, main: Tensor) -> Any:

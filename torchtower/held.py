@@ -31,14 +31,17 @@ class HeldGradients:
         local_grads: Sequence[Sequence[Grad]],
         weights: list[float],
         chosen: Sequence[bool],
+        *,
+        in_place: bool,
     ) -> list[list[Grad]]:
-        """Add one backward's gradients, which become ours.
+        """Add one backward's gradients.
 
         Args:
             parameters: the user's.
             local_grads: tower-major, in the order of ``parameters``.
             weights: of the towers.
             chosen: of which parameters.
+            in_place: the gradients are nobody else's and may be kept as they are.
 
         Returns:
             ``local_grads`` without those kept.
@@ -50,7 +53,7 @@ class HeldGradients:
                 for parameter, grad, is_chosen in zip(parameters, grads, chosen, strict=False):
                     if grad is None or weight == 0 or not is_chosen:
                         continue
-                    share = grad if weight == 1 else grad * weight
+                    share = grad * weight if weight != 1 else grad if in_place else grad.clone()
                     before = _like(parameter, held.get(id(parameter)))
                     held[id(parameter)] = share if before is None else before + share
                     self._parameters[id(parameter)] = parameter

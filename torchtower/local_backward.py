@@ -20,7 +20,7 @@ class _Local:
         outputs: of the tower's graph.
         grads: of these outputs; None where none is given.
         leaves: of the tower's graph.
-        requires_grad: of the leaves, when the forward ran.
+        wanted: of which leaves gradients are wanted; of a whole backward's, which required them when the forward ran.
     """
 
     def __init__(
@@ -28,21 +28,21 @@ class _Local:
         outputs: list[Grad],
         grads: list[Grad],
         leaves: list[Grad],
-        requires_grad: list[bool],
+        wanted: list[bool],
     ) -> None:
         self._pairs = _roots(outputs, grads)
         self._leaves = leaves
-        self._requires_grad = requires_grad
+        self._wanted = wanted
 
 
 class LocalBackward(_Local):
     """A first-order backward, into the tower's leaves.
 
     Args:
-        outputs: as of `_Local`, and so are ``grads``, ``leaves`` and ``requires_grad``.
+        outputs: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
         grads: see ``outputs``.
         leaves: see ``outputs``.
-        requires_grad: see ``outputs``.
+        wanted: see ``outputs``.
         keep_graph: whether the graph may be walked again.
         sender: what hears of the gradients as they appear, where they must travel.
     """
@@ -52,11 +52,11 @@ class LocalBackward(_Local):
         outputs: list[Grad],
         grads: list[Grad],
         leaves: list[Grad],
-        requires_grad: list[bool],
+        wanted: list[bool],
         keep_graph: bool,
         sender: Sender | None,
     ) -> None:
-        super().__init__(outputs, grads, leaves, requires_grad)
+        super().__init__(outputs, grads, leaves, wanted)
         self._keep_graph = keep_graph
         self._sender = sender
 
@@ -68,7 +68,7 @@ class LocalBackward(_Local):
         leaves = [leaf for leaf in self._leaves if leaf is not None]
         # The flags of this forward; the user may have frozen or thawed parameters since.
         now = [leaf.requires_grad for leaf in leaves]
-        then = [f for leaf, f in zip(self._leaves, self._requires_grad, strict=True) if leaf is not None]
+        then = [f for leaf, f in zip(self._leaves, self._wanted, strict=True) if leaf is not None]
         # The node runs in the engine's thread of the main device; with that engine's threads the main tower's graph
         # would wait for the very thread that waits for it.
         with torch.autograd.set_multithreading_enabled(False):
@@ -84,17 +84,43 @@ class LocalBackward(_Local):
 
 
 class LocalGrad(_Local):
-    """A backward that is a graph itself, for derivatives of higher order."""
+    """A backward that gives gradients instead of accumulating them: of some leaves, or with graphs of their own.
+
+    Args:
+        outputs: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
+        grads: see ``outputs``.
+        leaves: see ``outputs``.
+        wanted: see ``outputs``.
+        keep_graph: whether the graph may be walked again.
+    """
+
+    def __init__(
+        self,
+        outputs: list[Grad],
+        grads: list[Grad],
+        leaves: list[Grad],
+        wanted: list[bool],
+        keep_graph: bool,
+    ) -> None:
+        super().__init__(outputs, grads, leaves, wanted)
+        self._keep_graph = keep_graph
 
     def __call__(self) -> list[Grad]:
-        """Go backward; return each leaf's gradient with its graph."""
+        """Go backward; return each wanted leaf's gradient, with its graph where grad mode is on."""
         results: list[Grad] = [None] * len(self._leaves)
-        wanted = [i for i, flag in enumerate(self._requires_grad) if flag]
+        wanted = [i for i, flag in enumerate(self._wanted) if flag]
         if self._pairs and wanted:
             roots, grads = zip(*self._pairs, strict=True)
             leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]
             with torch.autograd.set_multithreading_enabled(False):
-                found = torch.autograd.grad(roots, leaves, grads, create_graph=True, allow_unused=True)
+                found = torch.autograd.grad(
+                    roots,
+                    leaves,
+                    grads,
+                    retain_graph=self._keep_graph,
+                    create_graph=torch.is_grad_enabled(),
+                    allow_unused=True,
+                )
             for index, grad in zip(wanted, found, strict=True):
                 results[index] = grad
         return results

@@ -68,12 +68,17 @@ def join(
             elif port.kind == "rows":
                 results[index] = _join_rows(port, column, weights)
             elif (value := column[port.tower]) is not None:
-                results[index] = value.detach()
+                results[index] = without_graph(value)
         sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
             device = ports[index].device
             results[index] = total if total is None or total.device == device else move(total, device)
     return results
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """The tensor, detached where it needs to be; that it is not elsewhere lets batched gradients through."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:
@@ -87,7 +92,7 @@ def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:
             if port.sizes is not None:
                 shape[port.dim] = port.sizes[tower]
             part = like.new_zeros(shape, device=port.device)
-        part = move(part.detach(), port.device)
+        part = move(without_graph(part), port.device)
         whole.append(part if weight == 1 else part * weight)
     if len(whole) == 1 and port.sizes is not None:
         return whole[0]
