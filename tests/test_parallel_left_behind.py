@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -258,3 +259,24 @@ def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(n
     for net in (plain, wrapped):
         net(batch(7)).sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("towers", EVERY_COUNT)
+def test_a_forward_may_fill_an_empty_container_of_its_arguments(towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, out: dict[str, Tensor], seen: list[int]) -> dict[str, Tensor]:
+            out["y"] = self.fc(x)
+            time.sleep(0.01)  # the others take their shards now
+            seen.append(len(x))
+            return out
+
+    plain, wrapped = twins(Net(), towers)
+    given: dict[str, Tensor] = {}
+    seen: list[int] = []
+    out = wrapped(batch(9), given, seen)
+    assert_close(out["y"], plain(batch(9), {}, [])["y"])
+    assert "y" in given and sum(seen) == 9 and seen == sorted(seen, reverse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ class _TowerSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _TowerSum.apply(grad, not ctx.weighted), None  # type: ignore[no-untyped-call]
+
+
+def warn_of_process_norms(module: nn.Module) -> None:
+    """Say that torch's own synchronised normalisation, which a program for DDP has put in, is between processes."""
+    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
+        warnings.warn(
+            "TowerParallel: nn.SyncBatchNorm synchronises processes, so every tower will normalise by its own rows; "
+            "torchtower.convert_sync_batchnorm(module) makes layers of it that synchronise towers",
+            stacklevel=3,
+        )
 
 
 class _Silenced(torch.autograd.Function):

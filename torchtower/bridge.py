@@ -38,10 +38,12 @@ from torchtower.asked import Asked
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
+from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import LocalBackward, LocalGrad
+from torchtower.local_backward import LocalBackward, LocalGrad, Root, root_of
 from torchtower.ports import Port, join, without_graph
 from torchtower.rounds import current_tower
+from torchtower.shards import Aliases
 from torchtower.streams import Streams
 from torchtower.workers import TowerPool
 
@@ -55,7 +57,8 @@ class Family:
     Args:
         pool: the towers' threads.
         weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
-        on_backward: told of every backward, after which trainable parameters may change.
+        freshness: told of every backward, after which trainable parameters may change.
+        aliases: what the local graphs may have saved of the batch.
         num_parameters: how many of the first bridge's inputs are the user's parameters; they come first.
         buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
@@ -65,7 +68,8 @@ class Family:
 
     pool: TowerPool
     weights: list[float]
-    on_backward: Callable[[], None]
+    freshness: Freshness
+    aliases: Aliases
     num_parameters: int
     buckets: list[list[int]]
     held: HeldGradients
@@ -95,24 +99,15 @@ class Bridge:
         family: the forward that it belongs to.
         in_ports: of its inputs.
         local_inputs: tower-major leaves; None where a tower has none.
-        out_ports: of its outputs.
-        local_outputs: tower-major; None where a tower has no such output.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        in_ports: Sequence[Port],
-        local_inputs: list[list[Grad]],
-        out_ports: Sequence[Port],
-        local_outputs: list[list[Grad]],
-    ) -> None:
+    def __init__(self, family: Family, in_ports: Sequence[Port], local_inputs: list[list[Grad]]) -> None:
         self._family = family
         self._in_ports = list(in_ports)
         self._inputs = local_inputs
         self._requires_grad = [[leaf is not None and leaf.requires_grad for leaf in leaves] for leaves in local_inputs]
-        self._out_ports = list(out_ports)
-        self._outputs: list[list[Grad]] | None = local_outputs
+        self._out_ports: list[Port] = []
+        self._roots: list[list[Root | None]] | None = None
         family.bridges.append(weakref.ref(self))
 
     @property
@@ -120,10 +115,15 @@ class Bridge:
         """What the forward worked on."""
         return self._family.streams
 
-    def connect(self, main_inputs: Sequence[Tensor]) -> list[Grad]:
-        """Join the local outputs and give them their place in the user's graph."""
-        outputs = self._alive()
-        values = join(self._out_ports, outputs, self._family.weights)
+    def connect(self, main_inputs: Sequence[Tensor], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
+        """Join the local outputs and give them their place in the user's graph.
+
+        Args:
+            main_inputs: one an input.
+            ports: of the outputs.
+            outputs: tower-major; None where a tower has no such output.
+        """
+        values = join(ports, outputs, self._family.weights)
         crossing = [
             index
             for index, value in enumerate(values)
@@ -134,8 +134,8 @@ class Bridge:
             torch.is_grad_enabled()
             or any(part.grad_fn is not None for tower in outputs for i in crossing if (part := tower[i]) is not None)
         ):
-            self._out_ports = [self._out_ports[index] for index in crossing]
-            self._outputs = [[tower[index] for index in crossing] for tower in outputs]
+            self._out_ports = [ports[index] for index in crossing]
+            self._roots = [[root_of(tower[index]) for index in crossing] for tower in outputs]
             # A 0-element input that requires grad: what the towers return may need gradients where no input does.
             ticket = torch.empty(0, requires_grad=True)
             carried = [values[index] for index in crossing]
@@ -143,8 +143,6 @@ class Bridge:
                 connected = _BridgeNode.apply(self, carried, ticket, *main_inputs)  # type: ignore[no-untyped-call]
             for index, value in zip(crossing, connected, strict=True):
                 values[index] = value
-        else:
-            self.free()
         return values
 
     def backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
@@ -155,14 +153,14 @@ class Bridge:
                 "started in the forward of one; detach what an earlier forward left behind"
             )
         family = self._family
-        family.on_backward()
+        family.freshness.on_backward()
+        family.aliases.pass_on_writes()
         parameters = main_inputs[: family.num_parameters]
         accumulated: list[bool] = []
         if family.held or not family.synchronize:
             accumulated = asked.accumulated(len(parameters))
-        outputs = self._alive()
         with torch.no_grad():
-            local_grads = self._local_grads(outputs, grads)
+            local_grads = self._local_grads(self._alive(), grads)
         keep = _autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
             values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)
@@ -174,6 +172,8 @@ class Bridge:
             sums = weighted_sum(columns, [1.0] * (1 + len(kept)), in_place=not torch.is_grad_enabled())
             values[: len(parameters)] = sums
             family.held.release(parameters, accumulated)
+        if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):
+            family.aliases.forget()  # no graph has saved anything any more
         return values
 
     def _first_order_backward(
@@ -214,14 +214,14 @@ class Bridge:
         flags = asked.flags()
         return [[flag and wanted for flag, wanted in zip(tower, flags, strict=True)] for tower in self._requires_grad]
 
-    def _local_grads(self, outputs: list[list[Grad]], grads: Sequence[Grad]) -> list[list[Grad]]:
+    def _local_grads(self, roots: list[list[Root | None]], grads: Sequence[Grad]) -> list[list[Grad]]:
         columns: list[list[Grad]] = []
         for index, (port, grad) in enumerate(zip(self._out_ports, grads, strict=True)):
             if grad is None:
-                columns.append([None] * len(outputs))
+                columns.append([None] * len(roots))
                 continue
             parts = port.to_towers(grad, self._family.weights)
-            columns.append([_like(part, tower[index]) for part, tower in zip(parts, outputs, strict=True)])
+            columns.append([_at(part, tower[index]) for part, tower in zip(parts, roots, strict=True)])
         return [list(tower) for tower in zip(*columns, strict=True)]
 
     def _differentiable_backward(
@@ -239,8 +239,8 @@ class Bridge:
             [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
         ]
         jobs = [
-            LocalGrad([outputs[i] for i in given], local, leaves, wanted, keep_graph=True)
-            for outputs, local, leaves, wanted in zip(
+            LocalGrad([roots[i] for i in given], local, leaves, wanted, keep_graph=True)
+            for roots, local, leaves, wanted in zip(
                 self._alive(), cotangents, self._inputs, self._wanted(asked), strict=True
             )
         ]
@@ -248,22 +248,21 @@ class Bridge:
             self._family,
             [*self._in_ports, *[self._out_ports[i] for i in given]],
             [[*a, *b] for a, b in zip(self._inputs, cotangents, strict=True)],
-            self._in_ports,
-            self._family.pool.run(jobs, weights=self._family.weights),
         )
-        return second.connect([*main_inputs, *main_grads])
+        local = self._family.pool.run(jobs, weights=self._family.weights)
+        return second.connect([*main_inputs, *main_grads], self._in_ports, local)
 
-    def _alive(self) -> list[list[Grad]]:
-        if self._outputs is None:
+    def _alive(self) -> list[list[Root | None]]:
+        if self._roots is None:
             raise RuntimeError(
                 "TowerParallel: Trying to backward through the graph a second time, but the towers' graphs have been "
                 "freed. Specify retain_graph=True if you need to backward through the graph a second time."
             )
-        return self._outputs
+        return self._roots
 
     def free(self) -> None:
         """Let go of the local graphs."""
-        self._outputs = None
+        self._roots = None
 
 
 class _BridgeNode(torch.autograd.Function):
@@ -280,10 +279,10 @@ class _BridgeNode(torch.autograd.Function):
             return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx.next_functions), grads))
 
 
-def _like(part: Grad, output: Grad) -> Grad:
-    if part is None or output is None:
+def _at(part: Grad, root: Root | None) -> Grad:
+    if part is None or root is None:
         return None
-    return move(without_graph(part), output.device)
+    return move(without_graph(part), root.device)
 
 
 def _leaf(part: Grad, main: Tensor) -> Any:

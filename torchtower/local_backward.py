@@ -4,33 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torchtower.averaging import Grad
 from torchtower.collect import Sender
+
+
+class Root(NamedTuple):
+    """An output of a tower's graph, where a backward begins: without its memory, which the joined output has too."""
+
+    edge: GradientEdge
+    device: torch.device
+
+
+def root_of(output: Grad) -> Root | None:
+    """None where nothing can go backward."""
+    if output is None or not output.requires_grad:
+        return None
+    return Root(get_gradient_edge(output), output.device)
 
 
 class _Local:
     """What a backward of either kind starts from.
 
     Args:
-        outputs: of the tower's graph.
-        grads: of these outputs; None where none is given.
+        roots: of the tower's graph.
+        grads: of these roots; None where none is given.
         leaves: of the tower's graph.
         wanted: of which leaves gradients are wanted; of a whole backward's, which required them when the forward ran.
     """
 
     def __init__(
         self,
-        outputs: list[Grad],
+        roots: list[Root | None],
         grads: list[Grad],
         leaves: list[Grad],
         wanted: list[bool],
     ) -> None:
-        self._pairs = _roots(outputs, grads)
+        self._pairs = [
+            (root.edge, grad) for root, grad in zip(roots, grads, strict=True) if root is not None and grad is not None
+        ]
         self._leaves = leaves
         self._wanted = wanted
 
@@ -39,24 +56,24 @@ class LocalBackward(_Local):
     """A first-order backward, into the tower's leaves.
 
     Args:
-        outputs: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
-        grads: see ``outputs``.
-        leaves: see ``outputs``.
-        wanted: see ``outputs``.
+        roots: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
+        grads: see ``roots``.
+        leaves: see ``roots``.
+        wanted: see ``roots``.
         keep_graph: whether the graph may be walked again.
         sender: what hears of the gradients as they appear, where they must travel.
     """
 
     def __init__(
         self,
-        outputs: list[Grad],
+        roots: list[Root | None],
         grads: list[Grad],
         leaves: list[Grad],
         wanted: list[bool],
         keep_graph: bool,
         sender: Sender | None,
     ) -> None:
-        super().__init__(outputs, grads, leaves, wanted)
+        super().__init__(roots, grads, leaves, wanted)
         self._keep_graph = keep_graph
         self._sender = sender
 
@@ -87,22 +104,22 @@ class LocalGrad(_Local):
     """A backward that gives gradients instead of accumulating them: of some leaves, or with graphs of their own.
 
     Args:
-        outputs: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
-        grads: see ``outputs``.
-        leaves: see ``outputs``.
-        wanted: see ``outputs``.
+        roots: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
+        grads: see ``roots``.
+        leaves: see ``roots``.
+        wanted: see ``roots``.
         keep_graph: whether the graph may be walked again.
     """
 
     def __init__(
         self,
-        outputs: list[Grad],
+        roots: list[Root | None],
         grads: list[Grad],
         leaves: list[Grad],
         wanted: list[bool],
         keep_graph: bool,
     ) -> None:
-        super().__init__(outputs, grads, leaves, wanted)
+        super().__init__(roots, grads, leaves, wanted)
         self._keep_graph = keep_graph
 
     def __call__(self) -> list[Grad]:
@@ -186,14 +203,6 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
         pending.extend(following for following, _ in node.next_functions)
     known.update((node, towers) for node in met)
     return towers
-
-
-def _roots(outputs: list[Grad], grads: list[Grad]) -> list[tuple[Tensor, Tensor]]:
-    return [
-        (output, grad)
-        for output, grad in zip(outputs, grads, strict=True)
-        if output is not None and grad is not None and output.requires_grad
-    ]
 
 
 def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
-from torchtower.batch_norm import silenced
+from torchtower.batch_norm import silenced, warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids
 from torchtower.held import HeldGradients
 from torchtower.local_backward import leaves_of
@@ -24,14 +24,14 @@ from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
 from torchtower.shards import Shards
-from torchtower.steps import Steps
+from torchtower.steps import Module, Steps
 from torchtower.thread_state import transforming, untraced
 from torchtower.towers import ForwardResult, Towers
 
 _BUFFER_POLICIES = ("main", "mean")
 
 
-class TowerParallel(Steps):
+class TowerParallel(Steps[Module]):
     """Run a module's replicas on several devices in parallel, each in a thread of its own (a *tower*).
 
     Stands in for ``nn.DataParallel``: ``out = model(x)`` splits the batch by rows, runs every tower's forward, and
@@ -71,7 +71,7 @@ class TowerParallel(Steps):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Module,
         device_ids: Sequence[DeviceId] | None = None,
         output_device: DeviceId | None = None,
         dim: int = 0,
@@ -100,7 +100,9 @@ class TowerParallel(Steps):
         if output_device is not None:
             # -1 is nn.DataParallel's word for the CPU.
             (self.output_device,) = parse_device_ids(["cpu" if output_device == -1 else output_device])
-        if len(self.devices) == 1 and main.type != "cpu":
+        if len(self.devices) > 1:
+            warn_of_process_norms(module)
+        elif main.type != "cpu":
             module.to(main)  # as nn.DataParallel does with one device
         self.src_device_obj = main
         self.buffer_policy = buffers
@@ -112,7 +114,7 @@ class TowerParallel(Steps):
         # What pickling and copying leave out, since threads and locks cannot follow.
         self._towers: Towers | None = None
         self._held = HeldGradients()
-        self._checked: set[Any] = set()
+        self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._closer: weakref.finalize[Any, Any] | None = None
         _wrappers.add(self)
@@ -209,6 +211,7 @@ class TowerParallel(Steps):
             ``tower_loss`` and ``average_gradients`` of TensorFlow 1's CIFAR-10 tutorial.
         """
         if self._is_alone():
+            batch, kwargs = self._moved((batch, kwargs))
             loss, weight = _loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
             normalized_weights([1.0 if weight is None else weight], 1, "TowerParallel.tower_loss")
             self.tower_losses = [loss.detach()]
@@ -308,10 +311,14 @@ class TowerParallel(Steps):
         return self.module if self._towers is None else self._towers.module_here()
 
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
-        main = self.devices[0]
-        if main.type != "cpu" and current_tower() is None:
-            inputs, kwargs = map_tensors(lambda t: move(t, main), (inputs, kwargs))
+        inputs, kwargs = self._moved((inputs, kwargs))
         return self._module_here()(*inputs, **kwargs)
+
+    def _moved(self, batch: Any) -> Any:
+        main = self.devices[0]
+        if main.type == "cpu" or current_tower() is not None:
+            return batch
+        return map_tensors(lambda t: move(t, main), batch)
 
     def _running(self) -> Towers:
         if self._towers is None or self._towers.module is not self.module:
@@ -362,7 +369,7 @@ def _start_all() -> None:
         wrapper._start()
 
 
-_wrappers: weakref.WeakSet[TowerParallel] = weakref.WeakSet()
+_wrappers: weakref.WeakSet[TowerParallel[Any]] = weakref.WeakSet()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_all)
 

@@ -6,9 +6,10 @@ Laid out in flat buckets of one dtype, so that bringing a replica up to date tak
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtower.devices import move, version_of
 from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
@@ -62,7 +63,7 @@ class RemoteStorage:
 
 
 class Bucket:
-    """Parameters of one dtype and one ``requires_grad`` that travel together."""
+    """Parameters of one dtype and one ``requires_grad`` that travel together, apart from buffers that require grad."""
 
     def __init__(self, flat: Tensor, parameters: list[Tensor]) -> None:
         self._flat = flat
@@ -72,7 +73,9 @@ class Bucket:
     def refresh(self, stale: bool) -> None:
         """Copy these parameters in one go, if need be."""
         versions = [version_of(parameter) for parameter in self._parameters]
-        if versions == self._versions and not (stale and self._parameters[0].requires_grad):
+        first = self._parameters[0]
+        is_buffer = not isinstance(first, nn.Parameter)  # that requires grad: refreshed like any other
+        if versions == self._versions and not (is_buffer or (stale and first.requires_grad)):
             return
         self._versions = versions
         with torch.no_grad():
@@ -100,11 +103,11 @@ def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 
 def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    open_: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
-    sizes: dict[tuple[torch.dtype, bool], int] = {}
+    open_: dict[Any, list[Tensor]] = {}
+    sizes: dict[Any, int] = {}
     full: list[list[Tensor]] = []
     for parameter in parameters:
-        key = (parameter.dtype, parameter.requires_grad)
+        key = (parameter.dtype, parameter.requires_grad, isinstance(parameter, nn.Parameter))
         open_.setdefault(key, []).append(parameter)
         sizes[key] = sizes.get(key, 0) + num_bytes(parameter)
         if sizes[key] >= BUCKET_BYTES:

@@ -93,6 +93,8 @@ class Replica:
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
         before, self._to_replica = self._to_replica, Translation(copy_containers=not self._is_main)
+        self._places.clear()
+        self._links.clear()
         for module in self._original.modules:
             twin = before.get(module)
             if twin is None:
@@ -165,7 +167,7 @@ class Replica:
                 name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS
             }
             twin.__dict__.clear()
-            twin.__dict__.update(attributes, **dicts)
+            twin.__dict__.update(attributes, **dicts, _is_replica=True)  # which zero_grad() warns of
             if type(twin) is not type(module):  # a parametrization changes a module's class
                 object.__setattr__(twin, "__class__", type(module))
         for source in sources:  # which must not live longer than the module holds it

@@ -133,7 +133,7 @@ class _Copy:
             return entry[1]
         if id(value) in self._done:
             return self._done[id(value)]
-        copy = copy and (type(value) is tuple or hasattr(value, "_fields") or container_of(value) is not None)
+        copy = copy and (_is_plain_tuple(type(value)) or container_of(value) is not None)
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
@@ -175,7 +175,8 @@ class _Copy:
             return weakref.WeakMethod(types.MethodType(method.__func__, parts[0]))
         if isinstance(value, weakref.ref):
             return weakref.ref(parts[0])
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        make = getattr(type(value), "_make", type(value))  # a named tuple's
+        return make(parts)
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         def leads(part: Any) -> bool:
@@ -195,6 +196,10 @@ class _Copy:
         copied.__qualname__ = value.__qualname__
         copied.__dict__.update((name, self.of(part, False)) for name, part in value.__dict__.items())
         return copied
+
+
+def _is_plain_tuple(kind: type) -> bool:
+    return kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
 def _parts_of(value: Any) -> list[Any] | None:

@@ -34,14 +34,22 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Rebuild a nested structure with ``function`` of each tensor; all else stays the very same object."""
+def map_tensors(
+    function: Callable[[Tensor], Any], value: Any, of_empty: Callable[[Any], Any] = lambda empty: empty
+) -> Any:
+    """Rebuild a nested structure with ``function`` of each tensor; all else stays the very same object.
+
+    Args:
+        function: of each tensor.
+        value: the structure.
+        of_empty: what takes the place of an empty container.
+    """
     if isinstance(value, Tensor):
         return function(value)
     children = _children(value)
-    if not children:  # no container, or an empty one, which a forward may fill
-        return value
-    return _rebuild(value, [map_tensors(function, child) for child in children])
+    if not children:
+        return value if children is None else of_empty(value)
+    return _rebuild(value, [map_tensors(function, child, of_empty) for child in children])
 
 
 def _children(value: Any) -> list[Any] | None:
@@ -77,9 +85,8 @@ def _rebuild(value: Any, children: list[Any]) -> Any:
     if isinstance(value, Mapping):
         return _rebuild_mapping(value, children)
     if isinstance(value, tuple):
-        if hasattr(value, "_fields"):
-            return type(value)(*children)
-        return type(value)(children)
+        make = getattr(type(value), "_make", type(value))  # a named tuple's
+        return make(children)
     if isinstance(value, list):
         if type(value) is list:
             return children
@@ -281,6 +288,8 @@ def _equal(first: Any, other: Any) -> bool:
     # Objects without an __eq__ of their own are as alike as one can tell.
     if "__eq__" not in _defined_by(type(first)):
         return True
+    if getattr(first, "shape", None) != getattr(other, "shape", None):
+        return False
     equal = first == other
     if hasattr(equal, "all"):  # an array
         return bool(equal.all())

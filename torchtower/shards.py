@@ -9,6 +9,9 @@ tower's writes to the batch after the forward, the user's writes to the parts be
 
 from __future__ import annotations
 
+import copy
+from collections.abc import MutableMapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ class Shards:
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
+        self._empty: list[list[tuple[Any, Any]]] = [[] for _ in self.splits.rows]  # the batch's, and the tower's own
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
                 self._parts[id(tensor)] = parts = _with_own_counters(self.splits.parts(tensor))
@@ -76,7 +80,20 @@ class Shards:
                 taken[id(tensor)] = part
             return taken[id(tensor)]
 
-        return map_tensors(take_tensor, self._batch), leaves
+        def take_empty(container: Any) -> Any:
+            if not isinstance(container, (list, MutableMapping)):
+                return container
+            own = copy.copy(container)
+            self._empty[tower].append((container, own))
+            return own
+
+        return map_tensors(take_tensor, self._batch, take_empty), leaves
+
+    def pass_on_contents(self) -> None:
+        """Put what a forward has put into empty lists and dicts of the batch into the caller's, in tower order."""
+        for container, own in chain.from_iterable(self._empty):
+            if own:
+                (container.update if isinstance(container, MutableMapping) else container.extend)(own)
 
     def pass_on_writes(self) -> None:
         """Tell autograd of the tensors that a forward wrote into, as the plain module's forward would have."""
@@ -106,6 +123,10 @@ class Aliases:
         for tensor, version, parts in self._parts_of:
             if tensor._version != version:
                 torch.autograd.graph.increment_version(parts)
+
+    def forget(self) -> None:
+        """Let go of the batch: nothing saved of it is left."""
+        self._parts_of.clear()
 
 
 def _with_own_counters(parts: list[Tensor] | None) -> list[Tensor] | None:

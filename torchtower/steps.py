@@ -6,16 +6,18 @@ TowerParallel's own forward takes none of them: a subclass that overrides a step
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from torchtower.devices import move
+from torchtower.devices import move, parse_device_ids
 from torchtower.scatter_gather import Splits, cat_rows, gather_structure, map_tensors, plan_splits, tensors_in
 
+Module = TypeVar("Module", bound=nn.Module)
 
-class Steps(nn.DataParallel[nn.Module]):
+
+class Steps(nn.DataParallel[Module]):
     """nn.DataParallel with steps that take CPU towers, too; all of them let gradients through."""
 
     devices: tuple[torch.device, ...]
@@ -35,7 +37,7 @@ class Steps(nn.DataParallel[nn.Module]):
         shards = [shard(tower) for tower in range(len(splits.rows))]
         return tuple(tuple(args) for args, _ in shards), tuple(kwargs for _, kwargs in shards)
 
-    def replicate(self, module: nn.Module, device_ids: Any) -> list[nn.Module]:
+    def replicate(self, module: Module, device_ids: Any) -> list[Module]:
         """Make replicas for `parallel_apply`; see ``nn.DataParallel.replicate``. On a CPU the module itself."""
         return [module] * len(device_ids) if self.devices[0].type == "cpu" else super().replicate(module, device_ids)
 
@@ -51,7 +53,7 @@ class Steps(nn.DataParallel[nn.Module]):
 
     def gather(self, outputs: Sequence[Any], output_device: Any) -> Any:
         """Join outputs as TowerParallel's forward does; see ``nn.DataParallel.gather``."""
-        device = torch.device(output_device)
+        (device,) = parse_device_ids(["cpu" if output_device == -1 else output_device])
         return gather_structure(outputs, lambda parts, path: cat_rows([move(part, device) for part in parts], self.dim))
 
     def _check_steps(self, forward: Any) -> None:

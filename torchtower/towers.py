@@ -96,6 +96,7 @@ class Towers:
         with self.pool.alone():
             outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
         shards.pass_on_writes()
+        shards.pass_on_contents()
         self._pool_buffers(shards.splits.rows)
         return ForwardResult(self, shards, outputs, taken)
 
@@ -234,17 +235,12 @@ class Towers:
             [*replica.leaves, *links, *own]
             for replica, links, own in zip(self._replicas, link_leaves, leaves, strict=False)
         ]
-        aliases = shards.aliases()
-
-        def on_backward() -> None:
-            self._freshness.on_backward()
-            aliases.pass_on_writes()
-
         bridge = Bridge(
             Family(
                 self.pool,
                 weights,
-                on_backward,
+                self._freshness,
+                shards.aliases(),
                 len(parameters),
                 self._buckets,
                 self._held,
@@ -253,10 +249,8 @@ class Towers:
             ),
             [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
             local_inputs,
-            ports,
-            local_outputs,
         )
-        values = bridge.connect([*parameters, *linked, *shards.main_inputs])
+        values = bridge.connect([*parameters, *linked, *shards.main_inputs], ports, local_outputs)
         connected: dict[int, Any] = {
             id(local): main for (_, local), main in zip(left_behind, values[len(out_ports) :], strict=True)
         }

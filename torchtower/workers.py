@@ -112,7 +112,10 @@ class TowerPool:
         if state.autocast:
             torch.clear_autocast_cache()  # what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error()) is not None:
-            raise error
+            try:
+                raise error
+            finally:  # its traceback holds this frame: a cycle would keep what the towers' frames hold
+                del error, interrupt
         return [round_.results.get(tower) for tower in range(len(jobs))]
 
     def tower_here(self) -> int | None:

@@ -221,6 +221,24 @@ def test_refresh_makes_any_write_seen(trainable: bool, simulated: types.ModuleTy
     assert parameters_sent(simulated, wrapped)[0] == 0
 
 
+def test_a_buffer_that_requires_grad_is_fresh_at_every_forward_like_any_other() -> None:
+    class Net(nn.Module):
+        def __init__(self, where: torch.device) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3, dtype=torch.float64, device=where, requires_grad=True))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    wrapped = TowerParallel(Net(device(0)), [0, 1])
+    wrapped(rows(4).to(device(0)))
+    wrapped.module.scale.data.mul_(2)
+    out = wrapped(rows(4).to(device(0)))
+    assert_same_values(out, rows(4) * 2)
+    out.sum().backward()
+    assert_same_values(wrapped.module.scale.grad, rows(4).sum(0))
+
+
 def test_changed_weights_between_forward_and_backward_are_refused() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(device(0))
     wrapped = TowerParallel(net, device_ids=[0, 1])

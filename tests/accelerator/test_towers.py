@@ -107,6 +107,13 @@ def test_one_device_alone_takes_its_inputs_from_anywhere() -> None:
     assert wrapped(torch.ones(4, 3)).device == device(1)
 
 
+def test_one_device_alone_takes_a_losss_inputs_from_anywhere() -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2).to("simulated:1"), device_ids=[1])
+    loss = wrapped.tower_loss(lambda net, x, *, y: (net(x) - y).square().mean(), torch.ones(4, 3), y=torch.ones(4, 2))
+    loss.backward()
+    assert loss.device == device(1) and wrapped.module.weight.grad is not None
+
+
 # ---- streams
 
 

@@ -145,7 +145,7 @@ class Trainer:
             raise CheckpointError(f"checkpoint: expected a run of this network in {path}, but got {error!r}") from error
 
 
-def _in_towers(net: nn.Module, devices: list[torch.device]) -> torchtower.TowerParallel:
+def _in_towers(net: nn.Module, devices: list[torch.device]) -> torchtower.TowerParallel[nn.Module]:
     try:
         return torchtower.TowerParallel(net, device_ids=devices)
     except (ValueError, RuntimeError) as error:
