@@ -191,9 +191,10 @@ class Towers:
         main = self.pool.devices[0]
         for tensor in (*self._original.parameters, *self._original.buffers):
             if tensor.device != main:
+                move_it = "to_empty(device=" if tensor.is_meta else "to("
                 raise _MisplacedModuleError(
                     f"TowerParallel: module must have its parameters and buffers on device {main} (device_ids[0]) but "
-                    f"found one of them on device: {tensor.device}; move it there with module.to('{main}')"
+                    f"found one of them on device: {tensor.device}; move it there with module.{move_it}'{main}')"
                 )
 
     def _pool_buffers(self, rows: list[int]) -> None:
