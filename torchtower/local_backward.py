@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -166,16 +166,9 @@ def is_bridged(tensor: Tensor) -> bool:
 
 def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
     """The leaves that a backward from ``outputs`` accumulates into."""
-    pending: list[Any] = [output.grad_fn for output in outputs if output is not None]
-    seen: set[Any] = {None}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":  # an autograd function may have a variable, too
+    for node in _walk(outputs, stops=()):
+        if _is_leaf(node):
             yield node.variable
-        pending.extend(following for following, _ in node.next_functions)
 
 
 def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: dict[Any, set[int]]) -> set[int]:
@@ -186,23 +179,35 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
         tower_of: each leaf's tower, by its id.
         known: what was found behind nodes by earlier calls; added to, so that many tensors of one graph cost one walk.
     """
-    pending: list[Any] = [tensor.grad_fn for tensor in tensors]
-    met: list[Any] = []
+    new: list[Any] = []
     towers: set[int] = set()
-    while pending:
-        node = pending.pop()
-        if node is None:
-            continue
+    for node in _walk(tensors, stops=known):
         if node in known:
             towers |= known[node]
             continue
-        known[node] = set()
-        met.append(node)
-        if type(node).__name__ == "AccumulateGrad" and id(node.variable) in tower_of:
+        new.append(node)
+        if _is_leaf(node) and id(node.variable) in tower_of:
             towers.add(tower_of[id(node.variable)])
-        pending.extend(following for following, _ in node.next_functions)
-    known.update((node, towers) for node in met)
+    known.update((node, towers) for node in new)
     return towers
+
+
+def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:
+    """Each node of the graph behind ``tensors``, once; what lies behind ``stops`` is left out."""
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors if tensor is not None]
+    seen: set[Any] = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node not in stops:
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
 
 
 def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:
