@@ -187,7 +187,7 @@ def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in
     if list(weights) == [1.0]:
         return [grads[0] if in_place else grads[0].clone() for grads in columns]
     has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads)
-    if has_graph or _is_transformed() or (not in_place and any(_is_batched(grads[0]) for grads in columns)):
+    if has_graph or _is_transformed() or (not in_place and _are_batched(columns)):
         return [_composed.mean(grads, weights) for grads in columns]
     out = [
         grads[0] if in_place and not _composed.is_expanded(grads[0]) else torch.empty_like(grads[0])
@@ -198,7 +198,10 @@ def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in
     return out
 
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # what torch.autograd.grad(is_grads_batched=True) makes
+def _are_batched(columns: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` has made them."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return not torch.compiler.is_compiling() and any(is_batched(grads[0]) for grads in columns)
 
 
 def _is_transformed() -> bool:
