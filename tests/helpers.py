@@ -91,6 +91,17 @@ def assert_trains_alike(
     return plain, wrapped
 
 
+def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
+    """Afterwards the two have the same outputs and the same gradients."""
+    outs = []
+    for net in (plain, wrapped):
+        net.zero_grad()
+        outs.append(net(batch(rows, seed=rows)))
+        outs[-1].square().sum().backward()
+    assert_close(outs[1], outs[0])
+    assert_same_gradients(wrapped, plain)
+
+
 def run_python(program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a program in an interpreter of its own; a hang is a failure."""
     return subprocess.run(

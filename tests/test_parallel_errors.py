@@ -288,6 +288,11 @@ def test_bad_arguments_are_named_at_construction(arguments: Any, error: type[Exc
         TowerParallel(mlp(), **{"device_ids": ["cpu", "cpu"], **arguments})
 
 
+def test_an_unknown_buffers_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"TowerParallel: expected buffers to be one of .* but got 'sum'"):
+        TowerParallel(mlp(), ["cpu", "cpu"], buffers="sum")
+
+
 def test_something_that_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"TowerParallel: expected an nn\.Module, but got function"):
         TowerParallel(lambda x: x, ["cpu"])

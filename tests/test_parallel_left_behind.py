@@ -9,14 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import (
-    EVERY_COUNT,
-    assert_close,
-    assert_same_gradients,
-    batch,
-    twins,
-    wrap,
-)
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
 from torchtower import current_tower
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import io
 import threading
 import types
 import weakref
@@ -31,7 +30,7 @@ from tests.helpers import (
 )
 from torchtower import current_tower
 
-# ---- traps for replication
+# ---- what leads back to the module
 
 
 class SelfReferring(nn.Module):
@@ -161,6 +160,86 @@ def test_a_child_that_knows_its_parent_works() -> None:
     assert_trains_alike(Parent(), 3, batch(7))
 
 
+def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
+                return layer(x) * times
+
+            self.call = call
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
+    net.load_state_dict(plain.state_dict())
+    wrapped = wrap(net, 2)
+    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
+    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
+            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            stacked = {
+                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
+            }
+            one = self.skeleton[0]
+            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
+
+    assert_trains_alike(Ensemble(), 3, batch(7))
+
+
+# ---- what a replica is
+
+
+def test_parameters_are_held_once_for_any_number_of_towers() -> None:
+    seen: dict[int | None, int] = {}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[current_tower()] = self.fc.weight.data_ptr()
+            return self.fc(x)
+
+    net = Net()
+    wrap(net, 4)(torch.ones(8, 3))
+    assert seen == dict.fromkeys(range(4), net.fc.weight.data_ptr())
+
+
+def test_replicas_persist_between_steps() -> None:
+    seen: list[set[int]] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[-1].add(id(self))
+            return self.fc(x)
+
+    wrapped = wrap(Net(), 2)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for _ in range(3):
+        seen.append(set())
+        wrapped(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 2
+
+
 def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -239,6 +318,29 @@ def test_modules_with_unusual_classes_can_be_replicated() -> None:
 
     net = Odd(2).double()
     assert_close(wrap(net, 3)(batch(7)), net(batch(7)))
+
+
+def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
+    class Net(nn.Module):
+        def __new__(cls, width: int) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, width)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            twin = Net(2)
+            twin.load_state_dict(self.state_dict())
+            return twin.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x)
+
+    assert_trains_alike(Net(2), 2, batch(7))
+
+
+# ---- what a forward does
 
 
 def test_a_forward_redirected_to_another_method_and_back_works() -> None:
@@ -324,97 +426,36 @@ def test_data_dependent_control_flow_may_differ_between_towers() -> None:
     assert_trains_alike(Net(), 3, batch(9))
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "make", [torch.jit.script, lambda net: torch.jit.trace(net, batch(4))], ids=["script", "trace"]
-)
-@pytest.mark.parametrize("nested", [True, False])
-def test_scripted_modules_work(make: Any, nested: bool) -> None:
-    plain = mlp()
-    scripted = make(copy.deepcopy(plain))
-    wrapped = wrap(nn.Sequential(scripted) if nested else scripted, 2)
-    for step in range(2):
-        assert_close(wrapped(batch(5, seed=step)), plain(batch(5, seed=step)))
-        for net in (plain, wrapped):
-            net.zero_grad()
-            net(batch(5, seed=step)).square().sum().backward()
-        grads = [p.grad for p in wrapped.parameters()]
-        for got, p in zip(grads, plain.parameters(), strict=True):
-            assert_close(got, p.grad)
-
-
-class Counted(nn.Module):
-    """Tied parameters, and buffers of both kinds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
-        self.tied = self.first
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        return self.last(self.norm(self.tied(self.first(x))))
-
-
-def from_file(net: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(net), file)
-    file.seek(0)
-    return torch.jit.load(file)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [torch.jit.script, from_file], ids=["script", "file"])
-def test_a_scripted_module_is_followed(make: Any) -> None:
-    scripted = make(Counted().double())
-    wrapped = wrap(scripted, 2)
-    wrapped(batch(4))
-    assert float(scripted.seen) == 1 and bool(scripted.norm.running_mean.any())
-    scripted.eval()
-    frozen = scripted.norm.running_mean.clone()
-    assert_close(wrapped(batch(4)), scripted(batch(4)))
-    assert torch.equal(scripted.norm.running_mean, frozen)
-    for p in scripted.last.parameters():
-        p.requires_grad_(False)
-    scripted.first.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
-    out = wrapped(batch(4))
-    assert_close(out, scripted(batch(4)))
-    out.sum().backward()
-    assert scripted.last.weight.grad is None and scripted.first.weight.grad is not None
-    wrapped.float()
-    assert wrapped(batch(4).float()).dtype == torch.float32
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_frozen_scripted_module_works() -> None:
-    plain = mlp().eval()
-    assert_close(wrap(torch.jit.freeze(torch.jit.script(plain)), 3)(batch(7)), plain(batch(7)))
-
-
-def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(3, 2)
+            self.last = nn.Linear(3, 2)
 
-            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
-                return layer(x) * times
-
-            self.call = call
-
+        @torch.enable_grad()
         def forward(self, x: Tensor) -> Tensor:
-            return self.call(x)
+            return self.last(x)
 
-    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
-    net.load_state_dict(plain.state_dict())
-    wrapped = wrap(net, 2)
-    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
-    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        with torch.no_grad():
+            out = net(batch(7))
+        out.square().sum().backward()
     assert_same_gradients(wrapped, plain)
 
 
-# ---- parameters that a forward gives other data
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
+    with torch.inference_mode():
+        plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().double()
+        wrapped = wrap(plain, num_towers)
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+    with torch.no_grad():
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+# ---- parameters and buffers that a forward gives other data
 
 
 class Clamped(nn.Module):
@@ -457,78 +498,6 @@ def test_data_that_only_another_tower_assigns_are_dropped() -> None:
     plain, wrapped = twins(Net(), 2)
     for _ in range(2):
         assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-# ---- attributes elsewhere, and unusual classes
-
-
-def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
-    class Ensemble(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
-            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
-
-        def forward(self, x: Tensor) -> Tensor:
-            stacked = {
-                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
-            }
-            one = self.skeleton[0]
-            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
-
-    assert_trains_alike(Ensemble(), 3, batch(7))
-
-
-def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
-    class Net(nn.Module):
-        def __new__(cls, width: int) -> Any:
-            return super().__new__(cls)
-
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, width)
-
-        def __deepcopy__(self, memo: Any) -> Any:
-            twin = Net(2)
-            twin.load_state_dict(self.state_dict())
-            return twin.double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(x)
-
-    assert_trains_alike(Net(2), 2, batch(7))
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 2)
-
-        @torch.enable_grad()
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(x)
-
-    plain, wrapped = twins(Net(), num_towers)
-    for net in (plain, wrapped):
-        with torch.no_grad():
-            out = net(batch(7))
-        out.square().sum().backward()
-    assert_same_gradients(wrapped, plain)
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
-    with torch.inference_mode():
-        plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().double()
-        wrapped = wrap(plain, num_towers)
-        assert_close(wrapped(batch(7)), plain(batch(7)))
-    with torch.no_grad():
-        assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-# ---- buffers that change their shape
 
 
 class Resizing(nn.Module):
