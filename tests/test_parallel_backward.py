@@ -49,16 +49,17 @@ def test_a_second_backward_without_retained_graph_raises_as_in_the_plain_module(
             loss.backward()
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
 def test_two_heads_go_backward_one_after_the_other() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.left(x), self.right(x)
-
-    plain, wrapped = twins(Net(), 3)
+    plain, wrapped = twins(TwoHeads(), 3)
     for net in (plain, wrapped):
         left, right = net(batch(7))
         left.square().sum().backward()
@@ -85,15 +86,7 @@ def test_two_heads_of_a_shared_trunk_go_backward_with_the_graph_retained() -> No
 
 
 def test_only_one_of_two_outputs_may_be_used() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.left(x), self.right(x)
-
-    plain, wrapped = assert_trains_alike(Net(), 3, batch(7), loss=lambda out: out[0].square().sum())
+    plain, wrapped = assert_trains_alike(TwoHeads(), 3, batch(7), loss=lambda out: out[0].square().sum())
     assert wrapped.module.right.weight.grad is None and plain.right.weight.grad is None
 
 

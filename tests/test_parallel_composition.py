@@ -23,6 +23,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import Checkpointed, OneLayer
 from torchtower import current_tower
 
 # ---- hooks
@@ -100,11 +101,7 @@ def test_a_hook_bound_to_a_parent_acts_on_the_towers_own_parent() -> None:
 
 
 def test_tensor_hooks_inside_forward_run_in_every_tower() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             out = self.fc(x)
             if out.requires_grad:
@@ -131,19 +128,6 @@ def test_hooks_of_the_users_parameters_see_the_whole_gradient_once() -> None:
 
 
 # ---- checkpointing
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool, times: int = 1) -> None:
-        super().__init__()
-        self.first, self.body, self.last = nn.Linear(3, 4), mlp(4, 4), nn.Linear(4, 2)
-        self.reentrant, self.times = reentrant, times
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for _ in range(self.times):
-            x = checkpoint(self.body, x, use_reentrant=self.reentrant)
-        return self.last(x)
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
@@ -180,11 +164,7 @@ def test_checkpoint_sequential_works_inside() -> None:
 def test_checkpointing_with_attributes_changed_between_forward_and_backward_recomputes_this_towers_part() -> None:
     towers = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def part(self, x: Tensor) -> Tensor:
             towers.append(current_tower())
             return self.fc(x).tanh()

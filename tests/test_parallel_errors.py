@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import SEVERAL, assert_same_gradients, batch, mlp, twins, wrap
+from tests.modules import calling
 from torchtower import TowerParallel, current_tower
 
 
@@ -119,34 +120,15 @@ def test_the_first_failing_tower_is_named(where: str) -> None:
 def test_all_other_towers_have_finished_when_the_error_arrives(where: str) -> None:
     finished: list[int | None] = []
 
-    class Slow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            _fail_or_finish("forward")
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            _fail_or_finish("backward")
-            return grad
-
-    def _fail_or_finish(phase: str) -> None:
+    def fail_or_finish(phase: str) -> None:
         if phase == where:
             if current_tower() == 0:
                 raise ValueError("told to fail")
             time.sleep(0.05)
             finished.append(current_tower())
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Slow.apply(self.fc(x))
-
     with pytest.raises(ValueError, match="tower 0"):
-        run(wrap(Net(), 3, max_concurrency=3))
+        run(wrap(calling(fail_or_finish), 3, max_concurrency=3))
     assert sorted(finished) == [1, 2]
 
 

@@ -23,18 +23,9 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import Recurrent
 
 # ---- recurrent, embeddings, attention, convolutions
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.Module], **options: Any) -> None:
-        super().__init__()
-        self.rnn = kind(3, 4, batch_first=True, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.rnn.flatten_parameters()
-        return self.rnn(x)[0]
 
 
 @pytest.mark.parametrize("num_towers", (1, 3))

@@ -28,6 +28,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import Clamped, OneLayer
 from torchtower import current_tower
 
 # ---- what leads back to the module
@@ -205,11 +206,7 @@ def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
 def test_parameters_are_held_once_for_any_number_of_towers() -> None:
     seen: dict[int | None, int] = {}
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             seen[current_tower()] = self.fc.weight.data_ptr()
             return self.fc(x)
@@ -222,11 +219,7 @@ def test_parameters_are_held_once_for_any_number_of_towers() -> None:
 def test_replicas_persist_between_steps() -> None:
     seen: list[set[int]] = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             seen[-1].add(id(self))
             return self.fc(x)
@@ -241,11 +234,7 @@ def test_replicas_persist_between_steps() -> None:
 
 
 def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             assert next(self.parameters()).device == x.device
             assert all(p.is_leaf and isinstance(p, nn.Parameter) for p in self.parameters())
@@ -257,11 +246,7 @@ def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
 
 
 def test_a_forward_may_zero_gradients_and_read_the_state_dict() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             self.zero_grad()
             assert len(self.state_dict()) == 2
@@ -346,11 +331,7 @@ def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
 def test_a_forward_redirected_to_another_method_and_back_works() -> None:
     """As Lightning does: forward is replaced for the length of a call."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def training_step(self, x: Tensor) -> Tensor:
             return self.fc(x).square().sum()
 
@@ -428,14 +409,10 @@ def test_data_dependent_control_flow_may_differ_between_towers() -> None:
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         @torch.enable_grad()
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(x)
+            return self.fc(x)
 
     plain, wrapped = twins(Net(), num_towers)
     for net in (plain, wrapped):
@@ -458,18 +435,6 @@ def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
 # ---- parameters and buffers that a forward gives other data
 
 
-class Clamped(nn.Module):
-    """Assigns to a parameter's data whenever it runs, as some constraints do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last.weight.data = self.last.weight.data.clamp(-0.3, 0.3)
-        return self.last(x)
-
-
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> None:
     plain, wrapped = twins(Clamped(), num_towers)
@@ -484,15 +449,11 @@ def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> No
 
 
 def test_data_that_only_another_tower_assigns_are_dropped() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
-            out = self.last(x)
+            out = self.fc(x)
             if current_tower() == 1:
-                self.last.weight.data = torch.zeros(2, 3, dtype=torch.float64)
+                self.fc.weight.data = torch.zeros(2, 3, dtype=torch.float64)
             return out
 
     plain, wrapped = twins(Net(), 2)
@@ -500,19 +461,18 @@ def test_data_that_only_another_tower_assigns_are_dropped() -> None:
         assert_close(wrapped(batch(7)), plain(batch(7)))
 
 
-class Resizing(nn.Module):
+class Resizing(OneLayer):
     """As observers of quantisation-aware training do."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = nn.Linear(3, 2)
         self.register_buffer("seen", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.seen.numel() == 0:
             self.seen.resize_(3).fill_(1)
         self.seen.mul_(2)
-        return self.last(x * self.seen)
+        return self.fc(x * self.seen)
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

@@ -9,9 +9,10 @@ import weakref
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.helpers import assert_same_gradients, batch, mlp, run_python, twins, wrap
+from tests.modules import OneLayer
 
 
 def tower_threads() -> set[threading.Thread]:
@@ -114,17 +115,13 @@ def test_a_step_makes_no_reference_cycles() -> None:
 def test_inputs_outputs_and_graphs_die_with_the_users_last_reference() -> None:
     saved: list[weakref.ref[Tensor]] = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.fc(x)
             saved.append(weakref.ref(hidden))
             return hidden.tanh()
 
-    wrapped = wrap(Net(), 2)
+    wrapped = wrap(Net().double(), 2)
     x = batch(4)
     out = wrapped(x)
     references = [weakref.ref(x), weakref.ref(out)]

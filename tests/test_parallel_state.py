@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tests.helpers import assert_close, assert_same_parameters, batch, both_go_backward, mlp, run_python, twins, wrap
+from tests.modules import OneLayer
 from torchtower import TowerParallel, convert_sync_batchnorm
 
 # ---- saved and loaded
@@ -122,11 +123,7 @@ def test_a_module_taken_out_of_the_wrapper_is_as_it_was() -> None:
 
 
 def test_a_replica_may_be_saved_from_within_a_forward() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             torch.save(self.state_dict(), io.BytesIO())
             twin = copy.deepcopy(self.fc)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.modules import OneLayer
 from torchtower import current_tower
 
 
@@ -87,15 +88,11 @@ def test_anomaly_detection_goes_with_the_work() -> None:
 
 
 def test_anomaly_detection_finds_the_nan_of_a_tower() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             return (self.fc(x) * 0).sqrt() * 0
 
-    wrapped = wrap(Net(), 2)
+    wrapped = wrap(Net().double(), 2)
     with pytest.warns(UserWarning), torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="nan"):
         wrapped(batch(4)).sum().backward()
 
@@ -146,11 +143,7 @@ def test_disabled_saved_tensor_hooks_stay_disabled() -> None:
 def test_autocast_goes_with_the_work_dtype_and_cache_flag_too(dtype: torch.dtype, cache: bool) -> None:
     seen = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             state = (
                 torch.is_autocast_enabled("cpu"),

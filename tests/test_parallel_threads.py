@@ -14,41 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import SEVERAL, assert_close, assert_same_gradients, assert_trains_alike, batch, mlp, twins, wrap
+from tests.modules import calling
 from torchtower import current_tower
 from torchtower.workers import TowerPool
 
 _PATIENCE_S = 20
 
 
-class Meeting(nn.Module):
-    """Its forward and its backward end only when every tower has come that far."""
-
-    def __init__(self, num_towers: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 2)
-        self.forwards, self.backwards = threading.Barrier(num_towers), threading.Barrier(num_towers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.forwards.wait(_PATIENCE_S)
-        return _MeetInBackward.apply(self.fc(x), self.backwards)
-
-
-class _MeetInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, barrier: threading.Barrier) -> Tensor:
-        ctx.barrier = barrier
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.barrier.wait(_PATIENCE_S)
-        return grad, None
-
-
 @pytest.mark.parametrize("num_towers", SEVERAL)
 @pytest.mark.parametrize("style", ["drop-in", "tower loss"])
 def test_forwards_and_backwards_of_towers_overlap_in_time(num_towers: int, style: str) -> None:
-    wrapped = wrap(Meeting(num_towers).double(), num_towers, max_concurrency=num_towers)
+    meetings = {phase: threading.Barrier(num_towers) for phase in ("forward", "backward")}
+    net = calling(lambda phase: meetings[phase].wait(_PATIENCE_S))
+    wrapped = wrap(net, num_towers, max_concurrency=num_towers)
     x = batch(2 * num_towers)
     for _ in range(2):
         if style == "drop-in":
@@ -191,26 +169,7 @@ def test_intra_op_threads_are_shared_out_and_the_callers_stay() -> None:
 def test_each_tower_keeps_its_own_thread_over_steps_forward_and_backward() -> None:
     seen: dict[str, set[tuple[int | None, int]]] = {"forward": set(), "backward": set()}
 
-    class Note(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            seen["forward"].add((current_tower(), threading.get_ident()))
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            seen["backward"].add((current_tower(), threading.get_ident()))
-            return grad
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Note.apply(self.fc(x))
-
-    wrapped = wrap(Net(), 3)
+    wrapped = wrap(calling(lambda phase: seen[phase].add((current_tower(), threading.get_ident()))), 3)
     for _ in range(3):
         wrapped(batch(6)).sum().backward()
     assert seen["forward"] == seen["backward"] and len(seen["forward"]) == 3
@@ -289,25 +248,11 @@ def test_a_call_from_a_towers_own_forward_runs_in_that_tower() -> None:
 
 
 def test_a_forward_never_takes_the_gradients_of_another_threads_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def pause(phase: str) -> None:
+        if phase == "backward":
             time.sleep(0.4)  # half of the gradients are there, half are not
-            return grad
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(Slow.apply(self.first(x)))
-
-    plain, wrapped = twins(Net(), 2)
+    plain, wrapped = twins(nn.Sequential(calling(pause), nn.Linear(2, 2)), 2)
     plain(batch(4)).sum().backward()
     out = wrapped(batch(4)).sum()
     towers_done = threading.Event()

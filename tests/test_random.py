@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, twins, wrap
+from tests.modules import calling
 from torchtower import current_tower
 
 ROWS = 24
@@ -271,25 +272,11 @@ class _First(nn.Module):
 def test_random_numbers_in_a_backward_are_the_towers_own() -> None:
     seen: dict[int | None, Tensor] = {}
 
-    class Noisy(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def draw(phase: str) -> None:
+        if phase == "backward":
             seen[current_tower()] = torch.rand(4)
-            return grad
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Noisy.apply(self.fc(x))
-
-    wrapped = wrap(Net(), 2)
+    wrapped = wrap(calling(draw), 2)
     torch.manual_seed(0)
     wrapped(batch(4)).sum().backward()
     first = dict(seen)
@@ -302,26 +289,10 @@ def test_random_numbers_in_a_backward_are_the_towers_own() -> None:
 def test_drawing_in_forward_and_backward_gives_different_numbers() -> None:
     seen: dict[tuple[int | None, str], Tensor] = {}
 
-    class Noisy(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            seen[current_tower(), "forward"] = torch.rand(4)
-            return x.clone()
+    def draw(phase: str) -> None:
+        seen[current_tower(), phase] = torch.rand(4)
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            seen[current_tower(), "backward"] = torch.rand(4)
-            return grad
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Noisy.apply(self.fc(x))
-
-    wrap(Net(), 2)(batch(4)).sum().backward()
+    wrap(calling(draw), 2)(batch(4)).sum().backward()
     for tower in (0, 1):
         assert not torch.equal(seen[tower, "forward"], seen[tower, "backward"])
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import (
     assert_same_gradients,
@@ -22,6 +21,7 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
+from tests.modules import Checkpointed, Recurrent
 from torchtower import TowerParallel
 
 where_inputs_lie = pytest.mark.parametrize("place", ["cpu", "main", "other"])
@@ -193,18 +193,6 @@ def test_one_loss_over_two_wrappers_on_opposite_main_devices() -> None:
     assert_same_gradients(b, plain_b)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, use_reentrant: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.use_reentrant = nn.Linear(3, 4), nn.Linear(4, 2), use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        out = checkpoint(lambda h: self.second(h.tanh()), hidden, use_reentrant=self.use_reentrant)
-        assert isinstance(out, Tensor)
-        return out
-
-
 @every_layout
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_ends_and_is_right(devices: list[int], use_reentrant: bool) -> None:
@@ -237,19 +225,10 @@ def test_pooled_buffers_are_the_mean_over_towers(devices: list[int]) -> None:
     assert wrapped.module.running_mean.device == device(devices[0])
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.inner = kind(3, 4, num_layers=2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)[0]
-
-
 @every_layout
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_networks_train_alike(devices: list[int], kind: type[nn.RNNBase]) -> None:
-    plain, wrapped = twins(Recurrent(kind), devices)
+    plain, wrapped = twins(Recurrent(kind, num_layers=2), devices)
     x = torch.randn(5, 6, 3, dtype=torch.float64)
     wrapped(x).square().sum().backward()
     plain(x).square().sum().backward()
@@ -333,7 +312,7 @@ def test_a_wrapper_of_two_devices_can_move_to_the_other_main_device_by_being_mad
     assert_same_gradients(again, plain)
 
 
-class Scaled(nn.Module):
+class ScaledFromOutside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.scale, self.last = nn.Linear(3, 2), None, None
@@ -345,7 +324,7 @@ class Scaled(nn.Module):
 
 @every_layout
 def test_a_tensor_with_a_graph_in_an_attribute_gets_gradients_from_every_device(devices: list[int]) -> None:
-    plain, wrapped = twins(Scaled(), devices)
+    plain, wrapped = twins(ScaledFromOutside(), devices)
     sources = []
     for net, inner in ((plain, plain), (wrapped, wrapped.module)):
         source = torch.ones(2, dtype=torch.float64, device=next(inner.parameters()).device, requires_grad=True)
@@ -358,7 +337,7 @@ def test_a_tensor_with_a_graph_in_an_attribute_gets_gradients_from_every_device(
 
 
 def test_what_a_forward_leaves_behind_is_not_sent_to_other_devices(simulated: Any) -> None:
-    _, wrapped = twins(Scaled(), [0, 1])
+    _, wrapped = twins(ScaledFromOutside(), [0, 1])
     for _ in range(2):
         wrapped(rows(2)).sum().backward()
     sizes = []
