@@ -274,23 +274,23 @@ model(x)
 main, stopped = threading.main_thread().ident, False
 def interrupt():
     while not stopped:
+        ready.wait(1)
+        ready.clear()
         time.sleep(random.uniform(0.0, 0.004))
         signal.pthread_kill(main, signal.SIGINT)
-        sent.wait(1)
-        sent.clear()
-sent, seen = threading.Event(), 0
+ready, seen = threading.Event(), 0
 thread = threading.Thread(target=interrupt, daemon=True)
 thread.start()
 while seen < 300:
     try:
+        ready.set()  # within the try: an interrupt outside of it would be nobody's
         while True:
             model(x).sum()
     except KeyboardInterrupt:
         seen += 1
-        sent.set()
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 stopped = True
-sent.set()
+ready.set()
 thread.join()
 assert torch.equal(model(x), model.module(x))
 """, 120)  # fmt: skip
