@@ -15,11 +15,14 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from tests.helpers import (
     EVERY_COUNT,
     assert_close,
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_trains_alike,
     batch,
     mlp,
     steps_follow,
+    sum_of_squares,
+    take_steps,
     twins,
     wrap,
 )
@@ -58,9 +61,7 @@ def test_hooks_that_change_values_change_the_gradients_as_in_the_plain_module() 
         net[0].register_forward_hook(lambda module, args, out: out + 1)
         net[2].register_forward_hook(lambda module, args, kwargs, out: out * 3, with_kwargs=True)
         net[2].register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 0.5,))
-    for net in (plain, wrapped):
-        net(batch(7)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(7))
 
 
 def test_hooks_added_and_removed_after_the_first_forward_count() -> None:
@@ -227,10 +228,7 @@ def test_a_wrapper_as_part_of_a_larger_model_trains_with_it() -> None:
     whole.body = wrap(whole.body, 3)
     for net in (plain, whole):
         optimizer = torch.optim.Adam(net.parameters())
-        for step in range(3):
-            optimizer.zero_grad()
-            net(batch(7, seed=step)).square().sum().backward()
-            optimizer.step()
+        take_steps(net, optimizer, lambda step: batch(7, seed=step), loss=sum_of_squares)
     for got, expected in zip(whole.parameters(), plain.parameters(), strict=True):
         assert_close(got, expected)
 

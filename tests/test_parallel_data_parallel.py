@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, wrap
+from tests.helpers import EVERY_COUNT, assert_go_backward_alike, batch, mlp, wrap
 from torchtower import TowerParallel
 
 
@@ -111,11 +111,7 @@ def test_the_steps_of_data_parallel_work_one_by_one(num_towers: int, rows: int) 
     shards, keywords = stepwise.scatter((batch(7),), {"scale": 2, "y": batch(7, 2)}, stepwise.device_ids)
     assert len(shards) == len(keywords) == num_towers
     assert torch.equal(torch.cat([k["y"] for k in keywords]), batch(7, 2)) and keywords[-1]["scale"] == 2
-    inputs = [batch(rows, requires_grad=True) for _ in range(2)]
-    for net, x in zip((plain, stepwise), inputs, strict=True):
-        net(x).square().sum().backward()
-    assert_same_gradients(stepwise, plain)
-    assert_close(inputs[1].grad, inputs[0].grad)
+    assert_go_backward_alike(plain, stepwise, batch(rows, requires_grad=True))
 
 
 @pytest.mark.parametrize("step", ["scatter", "replicate", "parallel_apply", "gather"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import SEVERAL, assert_same_gradients, batch, mlp, twins, wrap
+from tests.helpers import SEVERAL, assert_go_backward_alike, assert_same_gradients, batch, mlp, twins, wrap
 from tests.modules import calling
 from torchtower import TowerParallel, current_tower
 
@@ -147,9 +147,7 @@ def test_an_error_of_a_running_backward_leaves_the_graph_usable_by_a_new_forward
     with pytest.raises(RuntimeError):
         loss.backward()
     wrapped.zero_grad()
-    for net in (plain, wrapped):
-        net(batch(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(5))
 
 
 def test_errors_do_not_keep_the_users_tensors_alive() -> None:

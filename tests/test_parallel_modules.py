@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, rnn
 from tests.helpers import (
     EVERY_COUNT,
     assert_close,
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_same_parameters,
     assert_trains_alike,
@@ -107,9 +108,7 @@ def test_sparse_gradients_accumulate_and_average_in_tower_loss() -> None:
 def test_an_embedding_that_renormalises_its_weight_works() -> None:
     plain, wrapped = twins(nn.Embedding(10, 3, max_norm=1.0), 3)
     index = torch.arange(9).view(9, 1)
-    for net in (plain, wrapped):
-        net(index).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, index)
     assert_same_parameters(wrapped, plain)
 
 
@@ -250,9 +249,7 @@ def test_a_parametrization_registered_or_removed_after_wrapping_counts() -> None
     for net in (plain, wrapped.module):
         parametrize.remove_parametrizations(net[0], "weight")
     assert_close(wrapped(x), plain(x))
-    for net in (plain, wrapped):
-        net(x).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, x)
 
 
 def test_a_lazy_module_says_to_run_a_batch_first_and_works_then() -> None:
@@ -359,9 +356,7 @@ def test_a_tensor_in_a_plain_attribute_trains_as_in_the_plain_module() -> None:
             return self.fc(x) * self.extra[0]
 
     plain, wrapped = twins(Net(), 3)
-    for net in (plain, wrapped):
-        net(batch(7)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(7))
     assert_close(wrapped.module.extra[0].grad, plain.extra[0].grad)
 
 

@@ -25,6 +25,8 @@ from tests.helpers import (
     batch,
     mlp,
     steps_follow,
+    sum_of_squares,
+    take_steps,
     twins,
     wrap,
 )
@@ -440,10 +442,7 @@ def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> No
     plain, wrapped = twins(Clamped(), num_towers)
     for net in (plain, wrapped):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
-        for step in range(6):
-            optimizer.zero_grad()
-            net(batch(8, seed=step)).square().sum().backward()
-            optimizer.step()
+        take_steps(net, optimizer, lambda step: batch(8, seed=step), steps=6, loss=sum_of_squares)
     assert_same_parameters(wrapped, plain)
     assert_close(wrapped(batch(7)), plain(batch(7)))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.helpers import assert_same_gradients, batch, mlp, run_python, twins, wrap
+from tests.helpers import assert_go_backward_alike, assert_same_gradients, batch, mlp, run_python, twins, wrap
 from tests.modules import OneLayer
 
 
@@ -37,9 +37,7 @@ def test_a_closed_wrapper_starts_anew() -> None:
     plain, wrapped = twins(mlp(), 2)
     wrapped(batch(4))
     wrapped.close()
-    for net in (plain, wrapped):
-        net(batch(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(5))
 
 
 def test_a_backward_after_close_still_gives_the_gradients() -> None:

@@ -13,9 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tests.helpers import assert_close, assert_same_parameters, batch, both_go_backward, mlp, run_python, twins, wrap
+from tests.helpers import (
+    assert_close,
+    assert_go_backward_alike,
+    assert_same_parameters,
+    batch,
+    mlp,
+    run_python,
+    twins,
+    wrap,
+)
 from tests.modules import OneLayer
 from torchtower import TowerParallel, convert_sync_batchnorm
+
+
+def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
+    """Afterwards the two have the same outputs and the same gradients."""
+    for net in (plain, wrapped):
+        net.zero_grad()
+    assert_go_backward_alike(plain, wrapped, batch(rows, seed=rows))
+
 
 # ---- saved and loaded
 

@@ -18,6 +18,7 @@ from tests.helpers import (
     EVERY_COUNT,
     SEVERAL,
     assert_close,
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_trains_alike,
     batch,
@@ -149,14 +150,7 @@ def test_a_tensor_without_rows_to_split_goes_to_every_tower_and_collects_their_g
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
             return self.fc(x) * scale
 
-    plain, wrapped = twins(Net(), 3)
-    x, grads = batch(7), []
-    for net in (plain, wrapped):
-        scale = torch.full(shape, 1.5, dtype=torch.float64, requires_grad=True)
-        net(x, scale).square().sum().backward()
-        grads.append(scale.grad)
-    assert_close(grads[1], grads[0])
-    assert_same_gradients(wrapped, plain)
+    assert_trains_alike(Net(), 3, batch(7), torch.full(shape, 1.5, dtype=torch.float64, requires_grad=True))
 
 
 def test_the_same_tensor_in_two_places_is_one_tensor_in_every_tower() -> None:
@@ -198,15 +192,7 @@ def test_another_dimension_can_be_split_and_gathered(dim: int) -> None:
             return (self.weight @ x).tanh()
 
     plain, wrapped = twins(Net(), 3, dim=dim)
-    results = []
-    for net in (plain, wrapped):
-        x = batch(3, 7, requires_grad=True)
-        out = net(x)
-        out.square().sum().backward()
-        results.append((out, x.grad))
-    for got, expected in zip(results[1], results[0], strict=True):
-        assert_close(got, expected)
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(3, 7, requires_grad=True))
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

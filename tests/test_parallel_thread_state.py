@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    assert_close,
+    assert_go_backward_alike,
+    assert_same_gradients,
+    batch,
+    mlp,
+    twins,
+    wrap,
+)
 from tests.modules import OneLayer
 from torchtower import current_tower
 
@@ -65,18 +74,14 @@ def test_a_first_call_in_inference_mode_does_not_spoil_training() -> None:
     plain, wrapped = twins(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval(), nn.Linear(3, 2)), 2)
     with torch.inference_mode():
         wrapped(batch(4))
-    for net in (plain, wrapped):
-        net(batch(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(5))
 
 
 def test_a_first_call_without_grad_does_not_spoil_training() -> None:
     plain, wrapped = twins(mlp(), 2)
     with torch.no_grad():
         wrapped(batch(4))
-    for net in (plain, wrapped):
-        net(batch(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(5))
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import SEVERAL, assert_close, assert_same_gradients, assert_trains_alike, batch, mlp, twins, wrap
+from tests.helpers import (
+    SEVERAL,
+    assert_close,
+    assert_same_gradients,
+    assert_trains_alike,
+    batch,
+    in_threads,
+    mlp,
+    twins,
+    wrap,
+)
 from tests.modules import calling
 from torchtower import current_tower
 from torchtower.workers import TowerPool
@@ -158,9 +169,7 @@ def test_intra_op_threads_are_shared_out_and_the_callers_stay() -> None:
         wrapped(batch(4))
         assert seen == [1, 1] and torch.get_num_threads() == 1
         fresh: list[int] = []
-        thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
+        in_threads(lambda: fresh.append(torch.get_num_threads()))
         assert fresh == [1]
     finally:
         torch.set_num_threads(before)
@@ -202,11 +211,7 @@ def test_the_wrapper_may_be_used_from_two_threads() -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=use, args=(which,)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(lambda: use(0), lambda: use(1))
     assert not errors and len(results) == 20
     for seed, grads in results.items():
         expected = torch.autograd.grad(plain(batch(5, seed=seed)).square().sum(), list(plain.parameters()))
@@ -221,11 +226,7 @@ def test_two_wrappers_may_be_used_from_two_threads() -> None:
         for step in range(5):
             wrapped(batch(7, seed=step)).square().sum().backward()
 
-    threads = [threading.Thread(target=use, args=(wrapped,)) for _, wrapped in pairs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_threads(*[functools.partial(use, wrapped) for _, wrapped in pairs])
     for plain, wrapped in pairs:
         use(plain)
         assert_same_gradients(wrapped, plain)
@@ -234,9 +235,7 @@ def test_two_wrappers_may_be_used_from_two_threads() -> None:
 def test_forward_in_one_thread_and_backward_in_another_work() -> None:
     plain, wrapped = twins(mlp(), 2)
     losses: list[Tensor] = []
-    thread = threading.Thread(target=lambda: losses.append(wrapped(batch(5)).square().sum()))
-    thread.start()
-    thread.join()
+    in_threads(lambda: losses.append(wrapped(batch(5)).square().sum()))
     losses[0].backward()
     plain(batch(5)).square().sum().backward()
     assert_same_gradients(wrapped, plain)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tests.helpers import (
     EVERY_COUNT,
     assert_close,
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_same_parameters,
     batch,
-    both_go_backward,
     mlp,
+    take_steps,
     twins,
     wrap,
 )
@@ -132,11 +133,8 @@ def test_an_optimizer_made_before_or_after_wrapping_works(before: bool) -> None:
         wrapped = wrap(net, 2)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
     theirs = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    for step in range(3):
-        for model, its in ((plain, theirs), (wrapped, optimizer)):
-            its.zero_grad()
-            model(batch(6, seed=step)).square().mean().backward()
-            its.step()
+    for model, its in ((plain, theirs), (wrapped, optimizer)):
+        take_steps(model, its, lambda step: batch(6, seed=step))
     assert_same_parameters(wrapped, plain)
 
 
@@ -256,11 +254,11 @@ def test_zero_grad_forgets_what_no_sync_kept() -> None:
     with wrapped.no_sync():
         wrapped(batch(4)).sum().backward()
     wrapped.zero_grad()
-    both_go_backward(plain, wrapped)
+    assert_go_backward_alike(plain, wrapped, batch(7))
 
 
 def test_an_error_within_no_sync_leaves_the_context() -> None:
     plain, wrapped = twins(mlp(), 2)
     with pytest.raises(KeyError), wrapped.no_sync():
         raise KeyError
-    both_go_backward(plain, wrapped)
+    assert_go_backward_alike(plain, wrapped, batch(7))

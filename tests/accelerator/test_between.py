@@ -20,6 +20,7 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
+from tests.helpers import sum_of_squares, take_steps
 from tests.modules import Clamped, Scaled, TrainedWithin, batch_norm_net
 from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
 
@@ -134,10 +135,7 @@ def test_data_that_a_forward_assigns_are_kept_and_trained(devices: list[int]) ->
     plain, wrapped = twins(Clamped(), devices)
     for net in (plain, wrapped):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
-        for step in range(4):
-            optimizer.zero_grad()
-            net(rows(8, seed=step)).square().sum().backward()
-            optimizer.step()
+        take_steps(net, optimizer, lambda step: rows(8, seed=step), steps=4, loss=sum_of_squares)
     assert_same_gradients(wrapped, plain)
     assert_same_values(wrapped.module.fc.weight, plain.fc.weight)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.helpers import in_threads
 from tests.modules import Recurrent
 
 
@@ -100,9 +101,7 @@ def test_memory_is_accounted_to_its_device(simulated: types.ModuleType) -> None:
 def test_the_current_device_is_a_threads_own() -> None:
     seen = []
     torch.accelerator.set_device_index(1)
-    thread = threading.Thread(target=lambda: seen.append(torch.empty(1, device="simulated").device.index))
-    thread.start()
-    thread.join()
+    in_threads(lambda: seen.append(torch.empty(1, device="simulated").device.index))
     assert seen == [0]
     assert torch.empty(1, device="simulated").device.index == 1
 

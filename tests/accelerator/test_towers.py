@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.accelerator.towers import assert_same_gradients, device, every_layout, mlp, rows, twins
+from tests.accelerator.towers import (
+    assert_go_backward_alike,
+    assert_same_gradients,
+    device,
+    every_layout,
+    mlp,
+    rows,
+    twins,
+)
 from torchtower import TowerParallel, current_tower
 
 
@@ -189,9 +197,7 @@ def test_a_module_that_makes_tensors_on_its_inputs_device_trains_alike() -> None
             return self.inner(x) + torch.arange(2.0, device=x.device) + torch.ones_like(x)[:, :2]
 
     plain, wrapped = twins(Net(), [0, 1])
-    wrapped(rows(5)).square().sum().backward()
-    plain(rows(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(5))
 
 
 # ---- errors
@@ -228,9 +234,7 @@ def test_an_error_names_its_tower_and_device_and_the_next_call_works(
     for model in (plain, again, wrapped):
         (model.module if isinstance(model, TowerParallel) else model).armed = False
     wrapped.module.load_state_dict(plain.state_dict())
-    wrapped(rows(8)).square().sum().backward()
-    plain(rows(8)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(8))
 
 
 def test_every_tower_has_finished_when_an_error_comes_out() -> None:
