@@ -100,9 +100,7 @@ NORM_OPTIONS: list[dict[str, Any]] = [{}, {"affine": False}, {"track_running_sta
 @pytest.mark.parametrize("style", ["drop-in", "tower loss"])
 @pytest.mark.parametrize("rows", [3, 7, 12])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize(
-    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
-)
+@pytest.mark.parametrize("options", NORM_OPTIONS, ids=str)
 def test_synchronised_batch_norm_is_batch_norm_over_the_whole_batch(
     num_towers: int, rows: int, options: dict[str, Any], style: str
 ) -> None:

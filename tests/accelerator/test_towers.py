@@ -19,6 +19,7 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
+from tests.modules import OneLayer
 from torchtower import TowerParallel, current_tower
 
 
@@ -188,13 +189,9 @@ def test_a_default_device_that_names_the_main_device_names_the_towers_own() -> N
 
 
 def test_a_module_that_makes_tensors_on_its_inputs_device_trains_alike() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + torch.arange(2.0, device=x.device) + torch.ones_like(x)[:, :2]
+            return self.fc(x) + torch.arange(2.0, device=x.device) + torch.ones_like(x)[:, :2]
 
     plain, wrapped = twins(Net(), [0, 1])
     assert_go_backward_alike(plain, wrapped, rows(5))
@@ -255,13 +252,9 @@ def test_every_tower_has_finished_when_an_error_comes_out() -> None:
 
 
 def test_mixing_devices_in_a_forward_is_the_towers_error() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + torch.ones(2, device=device(0), dtype=torch.float64)
+            return self.fc(x) + torch.ones(2, device=device(0), dtype=torch.float64)
 
     net = Net().double().to(device(0))
     with pytest.raises(RuntimeError, match=r"two devices.*in tower 1 on device simulated:1"):
