@@ -256,7 +256,6 @@ def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
         ({"device_ids": [1.5]}, TypeError, "1.5 of type float"),
         ({"device_ids": [True]}, TypeError, "of type bool"),
         ({"output_device": "nonsense"}, ValueError, "nonsense"),
-        ({"buffers": "sum"}, ValueError, "buffers"),
         ({"max_concurrency": 0}, ValueError, "max_concurrency"),
         ({"max_concurrency": 1.5}, TypeError, "expected max_concurrency to be an int, but got 1.5"),
         ({"dim": "a"}, TypeError, "expected dim to be an int, but got 'a'"),
