@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
-from tests.modules import AuxiliaryLoss, TrainedWithin
+from tests.modules import AuxiliaryLoss, OneLayer, TrainedWithin
 from torchtower import current_tower
 
 
@@ -234,11 +234,7 @@ def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(n
 
 @pytest.mark.parametrize("towers", EVERY_COUNT)
 def test_a_forward_may_fill_an_empty_container_of_its_arguments(towers: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor, out: dict[str, Tensor], seen: list[int]) -> dict[str, Tensor]:
             out["y"] = self.fc(x)
             time.sleep(0.01)  # the others take their shards now
