@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,24 +72,61 @@ def assert_same_parameters(wrapped: nn.Module, plain: nn.Module, rtol: float = 1
         assert_close(ours, theirs, rtol)
 
 
-def assert_trains_alike(
-    module: nn.Module,
-    num_towers: int,
+def sum_of_squares(out: Tensor) -> Tensor:
+    return out.square().sum()
+
+
+def mean_of_squares(out: Tensor) -> Tensor:
+    return out.square().mean()
+
+
+def assert_go_backward_alike(
+    plain: nn.Module,
+    wrapped: nn.Module,
     *inputs: Any,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Callable[[Any], Tensor] = sum_of_squares,
     rtol: float = 1e-12,
-    **kwargs: Any,
-) -> tuple[nn.Module, TowerParallel]:
-    """One forward and backward of the module and of its wrapped twin: same loss, same gradients."""
-    plain, wrapped = twins(module, num_towers)
-    loss = loss or (lambda out: out.square().sum())
-    expected = loss(plain(*inputs, **kwargs))
-    got = loss(wrapped(*inputs, **kwargs))
-    assert_close(got, expected, rtol)
-    expected.backward()
-    got.backward()
+) -> None:
+    """One forward and backward of both: same output, loss and gradients, which add to those that are there."""
+    found = []
+    for net in (plain, wrapped):
+        own = [_leaf(value) for value in inputs]
+        out = net(*own)
+        value = loss(out)
+        value.backward()
+        found.append([*([out] if isinstance(out, Tensor) else []), value, *map(_grad_of, own)])
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected, rtol)
     assert_same_gradients(wrapped, plain, rtol)
+
+
+def _leaf(value: Any) -> Any:
+    """A copy of its own for each module, of a tensor that is to have a gradient."""
+    wants_grad = isinstance(value, Tensor) and value.requires_grad
+    return value.detach().clone().requires_grad_() if wants_grad else value
+
+
+def _grad_of(value: Any) -> Tensor | None:
+    return value.grad if isinstance(value, Tensor) else None
+
+
+def assert_trains_alike(
+    module: nn.Module, num_towers: int, *inputs: Any, **options: Any
+) -> tuple[nn.Module, TowerParallel]:
+    """The module and its wrapped twin go forward and backward alike; see `assert_go_backward_alike`."""
+    plain, wrapped = twins(module, num_towers)
+    assert_go_backward_alike(plain, wrapped, *inputs, **options)
     return plain, wrapped
+
+
+def in_threads(*calls: Callable[[], Any], timeout_s: float = 60) -> None:
+    """Each call in a thread of its own; a hang is a failure."""
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout_s)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def run_python(program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
@@ -98,13 +136,22 @@ def run_python(program: str, timeout_s: float = 60) -> subprocess.CompletedProce
     )
 
 
+def take_steps(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    make: Callable[[int], Tensor],
+    steps: int = 3,
+    loss: Callable[[Tensor], Tensor] = mean_of_squares,
+) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(net(make(step))).backward()
+        optimizer.step()
+
+
 def steps_follow(plain: nn.Module, wrapped: nn.Module, make: Callable[[int], Tensor], steps: int = 3) -> None:
     """Both take the same few optimizer steps, and stay together."""
     for net in (plain, wrapped):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        for step in range(steps):
-            optimizer.zero_grad()
-            net(make(step)).square().mean().backward()
-            optimizer.step()
+        take_steps(net, torch.optim.SGD(net.parameters(), lr=0.1), make, steps)
     assert_same_gradients(wrapped, plain)
     assert_same_parameters(wrapped, plain)

@@ -20,6 +20,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import OneLayer, batch_norm_net
 from torchtower import convert_sync_batchnorm, current_tower, tower_sum
 
 EVERY_NORM = {
@@ -99,15 +100,11 @@ NORM_OPTIONS: list[dict[str, Any]] = [{}, {"affine": False}, {"track_running_sta
 @pytest.mark.parametrize("style", ["drop-in", "tower loss"])
 @pytest.mark.parametrize("rows", [3, 7, 12])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize(
-    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
-)
+@pytest.mark.parametrize("options", NORM_OPTIONS, ids=str)
 def test_synchronised_batch_norm_is_batch_norm_over_the_whole_batch(
     num_towers: int, rows: int, options: dict[str, Any], style: str
 ) -> None:
-    plain = nn.Sequential(
-        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, **options), nn.Tanh(), nn.Linear(4, 2)
-    ).double()
+    plain = batch_norm_net(**options)
     wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), num_towers)
     for step in range(3):
         results = []
@@ -143,7 +140,7 @@ def test_synchronised_batch_norm_takes_images_and_channels_last() -> None:
 
 @pytest.mark.parametrize("style", ["drop-in", "tower loss"])
 def test_synchronised_batch_norm_differentiates_twice(style: str) -> None:
-    plain = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    plain = batch_norm_net(outputs=1)
     wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), 2)
     for net in (plain, wrapped):
         x = batch(7, requires_grad=True)
@@ -196,11 +193,7 @@ def test_towers_that_meet_unequally_often_are_told() -> None:
 
 @pytest.mark.parametrize("style", ["drop-in", "tower loss"])
 def test_a_sum_over_towers_is_that_of_the_whole_batch_with_its_gradients(style: str) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             out = self.fc(x)
             return out / tower_sum(out.exp().sum(0))
@@ -242,7 +235,7 @@ def test_a_tower_of_weight_zero_still_hears_of_the_others_through_shared_statist
         labels = torch.full((len(x),), -100 if ignored else 1)  # the mean of no losses is not a number
         return F.cross_entropy(net(x), labels), 0.0 if ignored else 1.0
 
-    plain = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    plain = batch_norm_net()
     wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), num_towers)
     rows = 4 * num_towers
     x, ours = batch(rows, requires_grad=True), batch(rows, requires_grad=True)

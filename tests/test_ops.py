@@ -50,6 +50,16 @@ def assert_close(out: Tensor, towers: Sequence[Tensor], weights: Sequence[float]
     assert bool((error <= reference.mean_error_bound(towers, weights, out)).all())
 
 
+def assert_means_into(out: list[Tensor], towers: list[list[Tensor]], weights: list[float]) -> None:
+    """Near float64, and bit-equal to the composed form."""
+    composed = [torch.empty_like(tensor) for tensor in out]
+    ops.tower_mean_(out, flat(towers), weights)
+    _composed.tower_mean_(composed, flat(towers), weights)
+    for p in range(len(SHAPES)):
+        assert_close(out[p], [grads[p] for grads in towers], weights)
+        assert torch.equal(out[p], composed[p])
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("num_towers", COUNTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,13 +67,7 @@ def test_every_mean_is_near_float64_and_bit_equal_to_the_composed_form(
     dtype: torch.dtype, num_towers: int, rule: str
 ) -> None:
     towers, weights = tower_grads(SHAPES, dtype, num_towers), RULES[rule](num_towers)
-    out = [torch.full(shape, 7, dtype=dtype) for shape in SHAPES]
-    composed = [torch.empty_like(tensor) for tensor in out]
-    ops.tower_mean_(out, flat(towers), weights)
-    _composed.tower_mean_(composed, flat(towers), weights)
-    for p in range(len(SHAPES)):
-        assert_close(out[p], [grads[p] for grads in towers], weights)
-        assert torch.equal(out[p], composed[p])
+    assert_means_into([torch.full(shape, 7, dtype=dtype) for shape in SHAPES], towers, weights)
 
 
 @pytest.mark.parametrize("num_towers", (1, 2, 3, 4))
@@ -80,13 +84,7 @@ def test_the_mean_of_up_to_four_towers_is_torch_mean_to_the_bit(dtype: torch.dty
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_half_gradients_can_be_averaged_into_float32(dtype: torch.dtype, rule: str) -> None:
     towers, weights = tower_grads(SHAPES, dtype, 3), RULES[rule](3)
-    out = [torch.empty(shape) for shape in SHAPES]
-    composed = [torch.empty(shape) for shape in SHAPES]
-    ops.tower_mean_(out, flat(towers), weights)
-    _composed.tower_mean_(composed, flat(towers), weights)
-    for p in range(len(SHAPES)):
-        assert_close(out[p], [grads[p] for grads in towers], weights)
-        assert torch.equal(out[p], composed[p])
+    assert_means_into([torch.empty(shape) for shape in SHAPES], towers, weights)
 
 
 @pytest.mark.parametrize("position", (0, 1, 2))

@@ -12,21 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, twins
+from tests.modules import Scaled
 from torchtower import TowerParallel
 
 Net = nn.Module
-
-
-class Scaled(nn.Module):
-    """Its backward needs a constant buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(3, 3)
-        self.register_buffer("scale", torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(x) * self.scale
 
 
 def normalised() -> nn.Module:

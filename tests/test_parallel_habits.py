@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import torchtower
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_go_backward_alike, batch, mlp, twins, wrap
+from tests.modules import OneLayer
 from torchtower import TowerParallel
 
 
@@ -21,18 +22,14 @@ def test_the_class_is_generic_as_nn_data_parallel_is() -> None:
 
 
 def test_zero_grad_in_a_forward_warns_as_in_nn_data_parallel() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             self.zero_grad()
             out: Tensor = self.fc(x)
             return out
 
     with pytest.warns(UserWarning, match="no effect"):
-        wrap(Net(), 2)(batch(4))
+        wrap(Net().double(), 2)(batch(4))
 
 
 @pytest.mark.parametrize("towers", EVERY_COUNT)
@@ -64,10 +61,9 @@ class AttrDict(dict[str, Any]):
 
 @pytest.mark.parametrize("towers", SEVERAL)
 def test_an_attribute_whose_own_lookup_raises_is_shared(towers: int) -> None:
-    class Net(nn.Module):
+    class Net(OneLayer):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(3, 2)
             self.options = AttrDict(scale=2.0)
             self.all_options = [AttrDict(shift=1.0)]
 
@@ -78,9 +74,7 @@ def test_an_attribute_whose_own_lookup_raises_is_shared(towers: int) -> None:
     plain, inner = Net().double(), Net().double()  # no such attribute can be copied
     inner.load_state_dict(plain.state_dict())
     wrapped = wrap(inner, towers)
-    for net in (plain, wrapped):
-        net(batch(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(5))
 
 
 class Pair(collections.namedtuple("Pair", ["left", "right"])):
@@ -92,11 +86,7 @@ class Pair(collections.namedtuple("Pair", ["left", "right"])):
 
 @pytest.mark.parametrize("towers", EVERY_COUNT)
 def test_named_tuples_with_a_way_of_their_own_to_be_made(towers: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, pair: Pair) -> Pair:
             return Pair(self.fc(pair.left + pair.right))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.modules import AuxiliaryLoss
 
 
 @dataclasses.dataclass
@@ -114,7 +115,7 @@ def test_lists_and_counters_of_the_module_count_every_call_once() -> None:
     assert net.history == net.nested["history"] == net.box.loss == [2, 2, 2]
 
 
-class Scaled(nn.Module):
+class ScaledFromOutside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.scale = nn.Linear(3, 2), None
@@ -127,7 +128,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("place", ["attribute", "list"])
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_a_tensor_with_a_graph_that_the_user_puts_into_an_attribute_gets_gradients(place: str, num_towers: int) -> None:
-    plain, wrapped = twins(Scaled(), num_towers)
+    plain, wrapped = twins(ScaledFromOutside(), num_towers)
     x = batch(7)
     sources = []
     for net, inner in ((plain, plain), (wrapped, wrapped.module)):
@@ -144,7 +145,7 @@ def test_a_tensor_with_a_graph_that_the_user_puts_into_an_attribute_gets_gradien
 
 
 def test_a_tensor_with_a_graph_in_an_attribute_carries_double_backward_and_tower_loss() -> None:
-    plain, wrapped = twins(Scaled(), 2)
+    plain, wrapped = twins(ScaledFromOutside(), 2)
     x = batch(6)
     found = []
     for net, inner in ((plain, plain), (wrapped, wrapped.module)):
@@ -182,17 +183,7 @@ def test_a_buffer_with_a_graph_gets_gradients() -> None:
 
 
 def test_what_an_earlier_forward_left_unused_is_no_part_of_the_next_backward() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out = self.fc(x)
-            self.last = out.square().mean()
-            return out
-
-    wrapped = wrap(Net(), 2)
+    wrapped = wrap(AuxiliaryLoss(), 2)
     for _ in range(3):  # a backward into the graph of the step before would raise
         wrapped(torch.ones(4, 3)).sum().backward()
 

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import (
-    EVERY_COUNT,
-    assert_close,
-    assert_same_gradients,
-    batch,
-    twins,
-    wrap,
-)
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
+from tests.modules import AuxiliaryLoss, OneLayer, TrainedWithin
 from torchtower import current_tower
 
 
@@ -195,17 +189,7 @@ def test_an_auxiliary_loss_left_in_an_attribute_trains_through_the_main_tower(nu
 
 
 def test_an_auxiliary_loss_in_tower_loss_carries_its_full_weight() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out = self.fc(x)
-            self.auxiliary = out.square().mean()
-            return out
-
-    plain, wrapped = twins(Net(), 2)
+    plain, wrapped = twins(AuxiliaryLoss(), 2)
     x = batch(6)
     loss = wrapped.tower_loss(lambda net, x: net(x).mean(), x)
     (loss + wrapped.module.auxiliary).backward()
@@ -230,22 +214,9 @@ def test_losses_collected_in_a_list_train_through_the_main_tower() -> None:
     assert_same_gradients(wrapped, plain)
 
 
-class Inner(nn.Module):
-    """Trains one of its layers while it goes forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trained, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            self.trained(x).square().sum().backward()
-        return self.last(x)
-
-
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(num_towers: int) -> None:
-    plain, wrapped = twins(Inner(), num_towers)
+    plain, wrapped = twins(TrainedWithin(), num_towers)
     for step in range(2):
         for net in (plain, wrapped):
             with torch.no_grad():
@@ -263,11 +234,7 @@ def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(n
 
 @pytest.mark.parametrize("towers", EVERY_COUNT)
 def test_a_forward_may_fill_an_empty_container_of_its_arguments(towers: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor, out: dict[str, Tensor], seen: list[int]) -> dict[str, Tensor]:
             out["y"] = self.fc(x)
             time.sleep(0.01)  # the others take their shards now

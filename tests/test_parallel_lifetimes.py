@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import EVERY_COUNT, SEVERAL, batch, mlp, wrap
+from tests.modules import OneLayer
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,38 @@ def _without_the_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
+
+
+def test_a_step_makes_no_reference_cycles() -> None:
+    wrapped = wrap(mlp(), 2)
+    wrapped(batch(4)).sum().backward()
+    gc.collect()
+    out = wrapped(batch(4, requires_grad=True))
+    alive = weakref.ref(out)
+    del out
+    assert alive() is None
+    wrapped(batch(4)).square().sum().backward()
+    assert gc.collect() == 0
+
+
+def test_inputs_outputs_and_graphs_die_with_the_users_last_reference() -> None:
+    saved: list[weakref.ref[Tensor]] = []
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.fc(x)
+            saved.append(weakref.ref(hidden))
+            return hidden.tanh()
+
+    wrapped = wrap(Net().double(), 2)
+    x = batch(4)
+    out = wrapped(x)
+    references = [weakref.ref(x), weakref.ref(out)]
+    del x, out
+    assert all(reference() is None for reference in references + saved)
+    loss = wrapped(batch(4)).sum()
+    loss.backward()
+    assert all(reference() is None for reference in saved)
 
 
 class Fails(torch.autograd.Function):
@@ -71,17 +104,13 @@ def test_a_failed_call_keeps_nothing_for_the_retry_with_a_smaller_batch(where: s
 def test_a_loss_that_is_kept_keeps_neither_batch_nor_outputs(towers: int) -> None:
     seen: list[Any] = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.fc(x)
             seen.extend([weakref.ref(x.untyped_storage()), weakref.ref(out.untyped_storage())])
             return out
 
-    wrapped = wrap(Net(), towers)
+    wrapped = wrap(Net().double(), towers)
     loss = wrapped(batch(8)).square().sum()
     loss.backward()
     assert len(seen) == 2 * towers and [ref for ref in seen if ref() is not None] == []
@@ -92,17 +121,13 @@ def test_a_loss_that_is_kept_keeps_neither_batch_nor_outputs(towers: int) -> Non
 def test_joined_outputs_do_not_keep_the_towers_own_before_the_backward(towers: int) -> None:
     own: list[Any] = []
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.fc(x)
             own.append(weakref.ref(out.untyped_storage()))
             return out
 
-    out = wrap(Net(), towers)(batch(8))
+    out = wrap(Net().double(), towers)(batch(8))
     assert len(own) == towers and [ref for ref in own if ref() is not None] == []
     out.sum().backward()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import io
 import threading
 import types
 import weakref
@@ -26,12 +25,15 @@ from tests.helpers import (
     batch,
     mlp,
     steps_follow,
+    sum_of_squares,
+    take_steps,
     twins,
     wrap,
 )
+from tests.modules import Clamped, OneLayer
 from torchtower import current_tower
 
-# ---- traps for replication
+# ---- what leads back to the module
 
 
 class SelfReferring(nn.Module):
@@ -161,12 +163,80 @@ def test_a_child_that_knows_its_parent_works() -> None:
     assert_trains_alike(Parent(), 3, batch(7))
 
 
-def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
+def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(3, 2)
+            self.layer = nn.Linear(3, 2)
 
+            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
+                return layer(x) * times
+
+            self.call = call
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
+    net.load_state_dict(plain.state_dict())
+    wrapped = wrap(net, 2)
+    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
+    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
+            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            stacked = {
+                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
+            }
+            one = self.skeleton[0]
+            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
+
+    assert_trains_alike(Ensemble(), 3, batch(7))
+
+
+# ---- what a replica is
+
+
+def test_parameters_are_held_once_for_any_number_of_towers() -> None:
+    seen: dict[int | None, int] = {}
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            seen[current_tower()] = self.fc.weight.data_ptr()
+            return self.fc(x)
+
+    net = Net()
+    wrap(net, 4)(torch.ones(8, 3))
+    assert seen == dict.fromkeys(range(4), net.fc.weight.data_ptr())
+
+
+def test_replicas_persist_between_steps() -> None:
+    seen: list[set[int]] = []
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            seen[-1].add(id(self))
+            return self.fc(x)
+
+    wrapped = wrap(Net(), 2)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for _ in range(3):
+        seen.append(set())
+        wrapped(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 2
+
+
+def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             assert next(self.parameters()).device == x.device
             assert all(p.is_leaf and isinstance(p, nn.Parameter) for p in self.parameters())
@@ -178,11 +248,7 @@ def test_modules_that_call_parameters_in_forward_see_leaves() -> None:
 
 
 def test_a_forward_may_zero_gradients_and_read_the_state_dict() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             self.zero_grad()
             assert len(self.state_dict()) == 2
@@ -241,14 +307,33 @@ def test_modules_with_unusual_classes_can_be_replicated() -> None:
     assert_close(wrap(net, 3)(batch(7)), net(batch(7)))
 
 
+def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
+    class Net(nn.Module):
+        def __new__(cls, width: int) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.last = nn.Linear(3, width)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            twin = Net(2)
+            twin.load_state_dict(self.state_dict())
+            return twin.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x)
+
+    assert_trains_alike(Net(2), 2, batch(7))
+
+
+# ---- what a forward does
+
+
 def test_a_forward_redirected_to_another_method_and_back_works() -> None:
     """As Lightning does: forward is replaced for the length of a call."""
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def training_step(self, x: Tensor) -> Tensor:
             return self.fc(x).square().sum()
 
@@ -324,191 +409,12 @@ def test_data_dependent_control_flow_may_differ_between_towers() -> None:
     assert_trains_alike(Net(), 3, batch(9))
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "make", [torch.jit.script, lambda net: torch.jit.trace(net, batch(4))], ids=["script", "trace"]
-)
-@pytest.mark.parametrize("nested", [True, False])
-def test_scripted_modules_work(make: Any, nested: bool) -> None:
-    plain = mlp()
-    scripted = make(copy.deepcopy(plain))
-    wrapped = wrap(nn.Sequential(scripted) if nested else scripted, 2)
-    for step in range(2):
-        assert_close(wrapped(batch(5, seed=step)), plain(batch(5, seed=step)))
-        for net in (plain, wrapped):
-            net.zero_grad()
-            net(batch(5, seed=step)).square().sum().backward()
-        grads = [p.grad for p in wrapped.parameters()]
-        for got, p in zip(grads, plain.parameters(), strict=True):
-            assert_close(got, p.grad)
-
-
-class Counted(nn.Module):
-    """Tied parameters, and buffers of both kinds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
-        self.tied = self.first
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        return self.last(self.norm(self.tied(self.first(x))))
-
-
-def from_file(net: nn.Module) -> Any:
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(net), file)
-    file.seek(0)
-    return torch.jit.load(file)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [torch.jit.script, from_file], ids=["script", "file"])
-def test_a_scripted_module_is_followed(make: Any) -> None:
-    scripted = make(Counted().double())
-    wrapped = wrap(scripted, 2)
-    wrapped(batch(4))
-    assert float(scripted.seen) == 1 and bool(scripted.norm.running_mean.any())
-    scripted.eval()
-    frozen = scripted.norm.running_mean.clone()
-    assert_close(wrapped(batch(4)), scripted(batch(4)))
-    assert torch.equal(scripted.norm.running_mean, frozen)
-    for p in scripted.last.parameters():
-        p.requires_grad_(False)
-    scripted.first.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
-    out = wrapped(batch(4))
-    assert_close(out, scripted(batch(4)))
-    out.sum().backward()
-    assert scripted.last.weight.grad is None and scripted.first.weight.grad is not None
-    wrapped.float()
-    assert wrapped(batch(4).float()).dtype == torch.float32
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_frozen_scripted_module_works() -> None:
-    plain = mlp().eval()
-    assert_close(wrap(torch.jit.freeze(torch.jit.script(plain)), 3)(batch(7)), plain(batch(7)))
-
-
-def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
-                return layer(x) * times
-
-            self.call = call
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.call(x)
-
-    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
-    net.load_state_dict(plain.state_dict())
-    wrapped = wrap(net, 2)
-    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
-    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
-    assert_same_gradients(wrapped, plain)
-
-
-# ---- parameters that a forward gives other data
-
-
-class Clamped(nn.Module):
-    """Assigns to a parameter's data whenever it runs, as some constraints do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last.weight.data = self.last.weight.data.clamp(-0.3, 0.3)
-        return self.last(x)
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> None:
-    plain, wrapped = twins(Clamped(), num_towers)
-    for net in (plain, wrapped):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
-        for step in range(6):
-            optimizer.zero_grad()
-            net(batch(8, seed=step)).square().sum().backward()
-            optimizer.step()
-    assert_same_parameters(wrapped, plain)
-    assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-def test_data_that_only_another_tower_assigns_are_dropped() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out = self.last(x)
-            if current_tower() == 1:
-                self.last.weight.data = torch.zeros(2, 3, dtype=torch.float64)
-            return out
-
-    plain, wrapped = twins(Net(), 2)
-    for _ in range(2):
-        assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-# ---- attributes elsewhere, and unusual classes
-
-
-def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
-    class Ensemble(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
-            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
-
-        def forward(self, x: Tensor) -> Tensor:
-            stacked = {
-                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
-            }
-            one = self.skeleton[0]
-            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
-
-    assert_trains_alike(Ensemble(), 3, batch(7))
-
-
-def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
-    class Net(nn.Module):
-        def __new__(cls, width: int) -> Any:
-            return super().__new__(cls)
-
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, width)
-
-        def __deepcopy__(self, memo: Any) -> Any:
-            twin = Net(2)
-            twin.load_state_dict(self.state_dict())
-            return twin.double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(x)
-
-    assert_trains_alike(Net(2), 2, batch(7))
-
-
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         @torch.enable_grad()
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(x)
+            return self.fc(x)
 
     plain, wrapped = twins(Net(), num_towers)
     for net in (plain, wrapped):
@@ -528,22 +434,44 @@ def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
         assert_close(wrapped(batch(7)), plain(batch(7)))
 
 
-# ---- buffers that change their shape
+# ---- parameters and buffers that a forward gives other data
 
 
-class Resizing(nn.Module):
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> None:
+    plain, wrapped = twins(Clamped(), num_towers)
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+        take_steps(net, optimizer, lambda step: batch(8, seed=step), steps=6, loss=sum_of_squares)
+    assert_same_parameters(wrapped, plain)
+    assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+def test_data_that_only_another_tower_assigns_are_dropped() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.fc(x)
+            if current_tower() == 1:
+                self.fc.weight.data = torch.zeros(2, 3, dtype=torch.float64)
+            return out
+
+    plain, wrapped = twins(Net(), 2)
+    for _ in range(2):
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+class Resizing(OneLayer):
     """As observers of quantisation-aware training do."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.last = nn.Linear(3, 2)
         self.register_buffer("seen", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.seen.numel() == 0:
             self.seen.resize_(3).fill_(1)
         self.seen.mul_(2)
-        return self.last(x * self.seen)
+        return self.fc(x * self.seen)
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tests.helpers import (
-    EVERY_COUNT,
     assert_close,
-    assert_same_gradients,
+    assert_go_backward_alike,
     assert_same_parameters,
     batch,
     mlp,
@@ -25,18 +23,15 @@ from tests.helpers import (
     twins,
     wrap,
 )
-from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
+from tests.modules import OneLayer
+from torchtower import TowerParallel, convert_sync_batchnorm
 
 
 def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
     """Afterwards the two have the same outputs and the same gradients."""
-    outs = []
     for net in (plain, wrapped):
         net.zero_grad()
-        outs.append(net(batch(rows, seed=rows)))
-        outs[-1].square().sum().backward()
-    assert_close(outs[1], outs[0])
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, batch(rows, seed=rows))
 
 
 # ---- saved and loaded
@@ -145,11 +140,7 @@ def test_a_module_taken_out_of_the_wrapper_is_as_it_was() -> None:
 
 
 def test_a_replica_may_be_saved_from_within_a_forward() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
             torch.save(self.state_dict(), io.BytesIO())
             twin = copy.deepcopy(self.fc)
@@ -178,6 +169,33 @@ def test_a_checkpoint_of_module_and_optimizer_resumes_to_the_bit() -> None:
         step(wrapped, optimizer, seed)
         step(resumed, again, seed)
     assert all(torch.equal(a, b) for a, b in zip(wrapped.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_pickled_wrapper_is_loaded_by_another_process(tmp_path: Any) -> None:
+    wrapped = wrap(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), 2)
+    out = wrapped(torch.ones(4, 3))
+    torch.save(wrapped, tmp_path / "wrapped.pt")
+    done = run_python(f"""
+import torch
+model = torch.load({str(tmp_path / "wrapped.pt")!r}, weights_only=False)
+out = model(torch.ones(4, 3))
+out.sum().backward()
+print(model.num_towers, model.module[0].weight.grad is not None, out.sum().item())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["2", "True"]
+    assert float(done.stdout.split()[2]) == pytest.approx(out.sum().item(), rel=1e-6)
+
+
+def test_a_synchronised_norm_survives_copies_and_state_dicts() -> None:
+    net = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).double()
+    wrapped = wrap(net, 2)
+    wrapped(batch(6)).sum().backward()
+    twin = pickle.loads(pickle.dumps(wrapped))
+    assert_close(twin(batch(5)), wrapped(batch(5)))
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    plain.load_state_dict(net.state_dict())
+    assert_close(plain.eval()(batch(5)), wrapped.eval()(batch(5)))
 
 
 # ---- changed after wrapping
@@ -305,336 +323,3 @@ def test_buffers_written_from_outside_reach_every_tower() -> None:
     assert torch.equal(wrapped(x), x * 4)
     wrapped.module.scale = torch.tensor([5.0, 6.0, 7.0]).double()
     assert torch.equal(wrapped(x), x * wrapped.module.scale)
-
-
-# ---- training loops
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_an_optimizer_made_before_or_after_wrapping_works(before: bool) -> None:
-    plain = mlp()
-    net = copy.deepcopy(plain)
-    if before:
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        wrapped = wrap(net, 2)
-    else:
-        wrapped = wrap(net, 2)
-        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
-    theirs = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    for step in range(3):
-        for model, its in ((plain, theirs), (wrapped, optimizer)):
-            its.zero_grad()
-            model(batch(6, seed=step)).square().mean().backward()
-            its.step()
-    assert_same_parameters(wrapped, plain)
-
-
-def test_parameter_groups_and_schedulers_work() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    for net in (plain, wrapped):
-        inner = getattr(net, "module", net)
-        groups = [{"params": inner[0].parameters(), "lr": 0.1}, {"params": inner[2].parameters()}]
-        optimizer = torch.optim.SGD(groups, lr=0.01)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-        for step in range(3):
-            optimizer.zero_grad()
-            net(batch(6, seed=step)).square().mean().backward()
-            optimizer.step()
-            schedule.step()
-    assert_same_parameters(wrapped, plain)
-
-
-@pytest.mark.parametrize("clip", [nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_])
-def test_gradient_clipping_works(clip: Any) -> None:
-    plain, wrapped = twins(mlp(), 3)
-    norms = []
-    for net in (plain, wrapped):
-        net(batch(7)).square().sum().backward()
-        norms.append(clip(net.parameters(), 0.1))
-    if norms[0] is not None:
-        assert_close(norms[1], norms[0])
-    assert_same_gradients(wrapped, plain)
-
-
-def test_a_gradient_scaler_scales_and_skips_as_with_the_plain_module() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    for net in (plain, wrapped):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=2)
-        for step in range(4):
-            optimizer.zero_grad()
-            loss = net(batch(6, seed=step)).square().mean()
-            if step == 2:
-                loss = loss * float("inf")
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-        assert scaler.get_scale() == 2.0**4
-    assert_same_parameters(wrapped, plain)
-
-
-def test_training_and_evaluation_alternate() -> None:
-    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
-    wrapped = wrap(net, 2)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    for step in range(3):
-        wrapped.train()
-        optimizer.zero_grad()
-        wrapped(batch(6, seed=step)).square().mean().backward()
-        optimizer.step()
-        wrapped.eval()
-        with torch.no_grad() if step % 2 else torch.inference_mode():
-            assert_close(wrapped(batch(5)), net(batch(5)))
-
-
-def test_an_averaged_model_of_the_wrapper_works() -> None:
-    wrapped = wrap(mlp(), 2)
-    averaged = torch.optim.swa_utils.AveragedModel(wrapped)
-    for step in range(2):
-        with torch.no_grad():
-            for p in wrapped.parameters():
-                p.add_(step)
-        averaged.update_parameters(wrapped)
-    assert averaged(batch(4)).shape == (4, 2)
-
-
-def test_zero_gradient_and_requires_grad_of_the_wrapper_reach_the_module() -> None:
-    wrapped = wrap(mlp(), 2)
-    wrapped(batch(4)).sum().backward()
-    wrapped.zero_grad()
-    assert all(p.grad is None for p in wrapped.module.parameters())
-    wrapped.requires_grad_(False)
-    assert not wrapped(batch(4)).requires_grad
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_the_wrapper_prints_and_reports_as_data_parallel_does(num_towers: int) -> None:
-    wrapped = wrap(mlp(), num_towers)
-    assert repr(wrapped).startswith("TowerParallel(") and "(module): Sequential(" in repr(wrapped)
-    assert wrapped.num_towers == num_towers and wrapped.device_ids == ["cpu"] * num_towers
-    assert wrapped.training
-
-
-def test_without_devices_there_is_one_tower_that_costs_nothing() -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("this machine has an accelerator, whose devices are the default")
-    net = mlp()
-    wrapped = TowerParallel(net)
-    x = batch(4)
-    assert wrapped.num_towers == 1
-    assert torch.equal(wrapped(x), net(x))
-    assert wrapped._towers is None
-
-
-def test_parameters_are_held_once_for_any_number_of_towers() -> None:
-    seen: dict[int | None, int] = {}
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen[current_tower()] = self.fc.weight.data_ptr()
-            return self.fc(x)
-
-    net = Net()
-    wrap(net, 4)(torch.ones(8, 3))
-    assert seen == dict.fromkeys(range(4), net.fc.weight.data_ptr())
-
-
-def test_replicas_persist_between_steps() -> None:
-    seen: list[set[int]] = []
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            seen[-1].add(id(self))
-            return self.fc(x)
-
-    wrapped = wrap(Net(), 2)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    for _ in range(3):
-        seen.append(set())
-        wrapped(torch.ones(4, 3)).sum().backward()
-        optimizer.step()
-    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 2
-
-
-def test_subclasses_may_add_attributes_and_reach_the_module() -> None:
-    class Mine(TowerParallel):
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(self.module, name)
-
-    net = mlp()
-    net.extra = 5
-    wrapped = Mine(net, ["cpu", "cpu"])
-    assert wrapped.extra == 5
-    assert wrapped(batch(4)).shape == (4, 2)
-    wrapped.mine = 3
-    assert copy.deepcopy(wrapped).mine == 3
-
-
-# ---- without synchronisation
-
-
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_no_sync_accumulates_and_the_next_backward_reduces_once(num_towers: int, style: str) -> None:
-    plain, wrapped = twins(mlp(), num_towers)
-
-    def backward(net: nn.Module, step: int) -> None:
-        x, y = batch(7, seed=step), batch(7, 2, seed=50 + step)
-        if net is wrapped and style == "tower loss":
-            wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
-        else:
-            F.mse_loss(net(x), y).backward()
-
-    for round_ in range(2):
-        for net in (plain, wrapped):
-            net.zero_grad()
-            for step in range(2):
-                if net is wrapped:
-                    with wrapped.no_sync():
-                        backward(net, 10 * round_ + step)
-                else:
-                    backward(net, 10 * round_ + step)
-            backward(net, 10 * round_ + 9)
-        assert_same_gradients(wrapped, plain)
-
-
-def test_within_no_sync_no_gradient_reaches_the_parameters() -> None:
-    wrapped = wrap(mlp(), 2)
-    with wrapped.no_sync():
-        wrapped(batch(4)).sum().backward()
-    assert all(p.grad is None for p in wrapped.parameters())
-    wrapped(batch(4)).sum().backward()
-    assert all(p.grad is not None for p in wrapped.parameters())
-
-
-def test_zero_grad_forgets_what_no_sync_kept() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    with wrapped.no_sync():
-        wrapped(batch(4)).sum().backward()
-    wrapped.zero_grad()
-    both_go_backward(plain, wrapped)
-
-
-def test_an_error_within_no_sync_leaves_the_context() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    with pytest.raises(KeyError), wrapped.no_sync():
-        raise KeyError
-    both_go_backward(plain, wrapped)
-
-
-# ---- programs around it
-
-
-def test_a_session_cell_by_cell_works() -> None:
-    """Each cell compiled and run by itself in one namespace, definitions repeated, errors in between."""
-    cells = [
-        "import torch\nfrom torch import nn\nfrom torchtower import TowerParallel",
-        "class Net(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(3, 2)\n"
-        "  def forward(self, x):\n    return self.fc(x)",
-        "model = TowerParallel(Net(), ['cpu'] * 2)\nout = model(torch.ones(4, 3))",
-        "model(torch.ones(4, 7))",
-        "class Net(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(3, 1)\n"
-        "  def forward(self, x):\n    return self.fc(x).tanh()",
-        "model = TowerParallel(Net(), ['cpu'] * 3)\nmodel(torch.ones(4, 3)).sum().backward()",
-        "Net.forward = lambda self, x: self.fc(x) * 0 + 7\nout = model(torch.ones(4, 3))",
-        "out.sum().backward()",
-    ]
-    space: dict[str, Any] = {}
-    errors = 0
-    for cell in cells:
-        try:
-            exec(compile(cell, "<cell>", "exec"), space)
-        except RuntimeError:
-            errors += 1
-    assert errors == 1
-    assert torch.equal(space["out"], torch.full((4, 1), 7.0))
-
-
-def test_a_pickled_wrapper_is_loaded_by_another_process(tmp_path: Any) -> None:
-    wrapped = wrap(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), 2)
-    out = wrapped(torch.ones(4, 3))
-    torch.save(wrapped, tmp_path / "wrapped.pt")
-    done = run_python(f"""
-import torch
-model = torch.load({str(tmp_path / "wrapped.pt")!r}, weights_only=False)
-out = model(torch.ones(4, 3))
-out.sum().backward()
-print(model.num_towers, model.module[0].weight.grad is not None, out.sum().item())
-""")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["2", "True"]
-    assert float(done.stdout.split()[2]) == pytest.approx(out.sum().item(), rel=1e-6)
-
-
-def test_a_synchronised_norm_survives_copies_and_state_dicts() -> None:
-    net = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).double()
-    wrapped = wrap(net, 2)
-    wrapped(batch(6)).sum().backward()
-    twin = pickle.loads(pickle.dumps(wrapped))
-    assert_close(twin(batch(5)), wrapped(batch(5)))
-    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
-    plain.load_state_dict(net.state_dict())
-    assert_close(plain.eval()(batch(5)), wrapped.eval()(batch(5)))
-
-
-# ---- nn.DataParallel's steps
-
-
-class Stepwise(TowerParallel):
-    """As programs do that subclass nn.DataParallel with a forward of their own."""
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
-        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
-        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_the_steps_of_data_parallel_work_one_by_one(num_towers: int, rows: int) -> None:
-    plain = mlp()
-    stepwise = Stepwise(copy.deepcopy(plain), device_ids=["cpu"] * num_towers)
-    shards, keywords = stepwise.scatter((batch(7),), {"scale": 2, "y": batch(7, 2)}, stepwise.device_ids)
-    assert len(shards) == len(keywords) == num_towers
-    assert torch.equal(torch.cat([k["y"] for k in keywords]), batch(7, 2)) and keywords[-1]["scale"] == 2
-    inputs = [batch(rows, requires_grad=True) for _ in range(2)]
-    for net, x in zip((plain, stepwise), inputs, strict=True):
-        net(x).square().sum().backward()
-    assert_same_gradients(stepwise, plain)
-    assert_close(inputs[1].grad, inputs[0].grad)
-
-
-@pytest.mark.parametrize("step", ["scatter", "replicate", "parallel_apply", "gather"])
-def test_a_step_overridden_without_the_forward_is_refused(step: str) -> None:
-    kind = type("Mine", (TowerParallel,), {step: lambda self, *args: None})
-    with pytest.raises(TypeError, match=f"Mine: expected a subclass that overrides {step} to override forward, too"):
-        kind(mlp(), device_ids=["cpu", "cpu"])
-
-
-# ---- tracing and exporting
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize("way", ["trace", "export"])
-def test_a_wrapper_is_traced_and_exported_as_its_module(num_towers: int, way: str) -> None:
-    plain, wrapped = twins(mlp(), num_towers)
-    x = batch(6)
-    if way == "trace":
-        program: Any = torch.jit.trace(wrapped, x)
-    else:
-        program = torch.export.export(wrapped, (x,)).module()
-    assert_close(program(x), plain(x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -12,7 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, twins, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    SEVERAL,
+    assert_go_backward_alike,
+    assert_same_gradients,
+    batch,
+    in_threads,
+    mlp,
+    take_steps,
+    twins,
+    wrap,
+)
+from tests.modules import calling
 from torchtower import current_tower
 
 ROWS = 24
@@ -150,9 +161,7 @@ def test_threads_beside_the_towers_draw_as_ever() -> None:
     expected = torch.rand(3)
     torch.manual_seed(0)
     found: list[Tensor] = []
-    thread = threading.Thread(target=lambda: found.append(torch.rand(3)))
-    thread.start()
-    thread.join()
+    in_threads(lambda: found.append(torch.rand(3)))
     assert torch.equal(found[0], expected)
 
 
@@ -244,10 +253,7 @@ def test_a_seeded_training_run_with_dropout_is_reproducible_to_the_bit() -> None
         wrapped = wrap(copy.deepcopy(net), 3)
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
         torch.manual_seed(1)
-        for step in range(5):
-            optimizer.zero_grad()
-            wrapped(batch(9, seed=step).float()).square().mean().backward()
-            optimizer.step()
+        take_steps(wrapped, optimizer, lambda step: batch(9, seed=step).float(), steps=5)
         runs.append(list(wrapped.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -271,25 +277,11 @@ class _First(nn.Module):
 def test_random_numbers_in_a_backward_are_the_towers_own() -> None:
     seen: dict[int | None, Tensor] = {}
 
-    class Noisy(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def draw(phase: str) -> None:
+        if phase == "backward":
             seen[current_tower()] = torch.rand(4)
-            return grad
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Noisy.apply(self.fc(x))
-
-    wrapped = wrap(Net(), 2)
+    wrapped = wrap(calling(draw), 2)
     torch.manual_seed(0)
     wrapped(batch(4)).sum().backward()
     first = dict(seen)
@@ -302,26 +294,10 @@ def test_random_numbers_in_a_backward_are_the_towers_own() -> None:
 def test_drawing_in_forward_and_backward_gives_different_numbers() -> None:
     seen: dict[tuple[int | None, str], Tensor] = {}
 
-    class Noisy(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            seen[current_tower(), "forward"] = torch.rand(4)
-            return x.clone()
+    def draw(phase: str) -> None:
+        seen[current_tower(), phase] = torch.rand(4)
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            seen[current_tower(), "backward"] = torch.rand(4)
-            return grad
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 2).double()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Noisy.apply(self.fc(x))
-
-    wrap(Net(), 2)(batch(4)).sum().backward()
+    wrap(calling(draw), 2)(batch(4)).sum().backward()
     for tower in (0, 1):
         assert not torch.equal(seen[tower, "forward"], seen[tower, "backward"])
 
@@ -364,9 +340,7 @@ def test_operators_that_dispatch_in_python_run_in_towers(kind: type[nn.Linear], 
     # torch.cond traces its branches, which torch does in one thread at a time.
     plain, wrapped = twins(kind(3, 3), num_towers, max_concurrency=1)
     x = torch.ones(8, 3, dtype=torch.float64)
-    for net in (plain, wrapped):
-        net(x).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, x)
 
 
 def test_operators_that_are_registered_once_towers_exist_run_in_them() -> None:

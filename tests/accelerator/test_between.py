@@ -20,19 +20,9 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
+from tests.helpers import sum_of_squares, take_steps
+from tests.modules import Clamped, Scaled, TrainedWithin, batch_norm_net
 from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
-
-
-class Scaled(nn.Module):
-    """Its backward needs a constant buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = nn.Linear(3, 3)
-        self.register_buffer("scale", torch.tensor([0.1, 0.2, 0.3]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(x) * self.scale
 
 
 @pytest.mark.parametrize("buffers", ["main", "mean"])
@@ -81,16 +71,7 @@ def test_gradients_kept_back_wait_for_the_next_backward_into_the_parameters(devi
 
 @every_layout
 def test_a_backward_within_the_forward_reaches_the_parameters(devices: list[int]) -> None:
-    class Inner(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.trained, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.trained(x).square().sum().backward()
-            return self.last(x)
-
-    plain, wrapped = twins(Inner(), devices)
+    plain, wrapped = twins(TrainedWithin(), devices)
     for net in (plain, wrapped):
         net(rows(8))
     assert_same_gradients(wrapped, plain)
@@ -106,8 +87,7 @@ def test_a_tower_of_weight_zero_hears_of_the_others_through_shared_statistics(de
         labels = torch.full((len(x),), -100 if ignored else 1, device=x.device)
         return F.cross_entropy(net(x), labels), 0.0 if ignored else 1.0
 
-    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
-    plain, wrapped = twins(net, devices)
+    plain, wrapped = twins(batch_norm_net(), devices)
     wrapped = TowerParallel(convert_sync_batchnorm(wrapped.module), device_ids=devices)
     count = 4 * len(devices)
     F.cross_entropy(plain(rows(count))[4:], torch.ones(count - 4, dtype=torch.int64)).backward()
@@ -152,24 +132,12 @@ def test_tensors_in_attributes_may_lie_elsewhere(devices: list[int]) -> None:
 
 @every_layout
 def test_data_that_a_forward_assigns_are_kept_and_trained(devices: list[int]) -> None:
-    class Clamped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.last.weight.data = self.last.weight.data.clamp(-0.3, 0.3)
-            return self.last(x)
-
     plain, wrapped = twins(Clamped(), devices)
     for net in (plain, wrapped):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
-        for step in range(4):
-            optimizer.zero_grad()
-            net(rows(8, seed=step)).square().sum().backward()
-            optimizer.step()
+        take_steps(net, optimizer, lambda step: rows(8, seed=step), steps=4, loss=sum_of_squares)
     assert_same_gradients(wrapped, plain)
-    assert_same_values(wrapped.module.last.weight, plain.last.weight)
+    assert_same_values(wrapped.module.fc.weight, plain.fc.weight)
 
 
 def test_with_one_device_the_module_moves_there_as_nn_data_parallels_does() -> None:

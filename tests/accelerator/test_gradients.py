@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import (
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_same_state,
     assert_same_values,
@@ -22,6 +21,8 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
+from tests.helpers import in_threads
+from tests.modules import Checkpointed, Recurrent
 from torchtower import TowerParallel
 
 where_inputs_lie = pytest.mark.parametrize("place", ["cpu", "main", "other"])
@@ -144,11 +145,7 @@ def test_double_backward_to_the_parameters_equals_the_plain_modules(devices: lis
 def test_backward_from_several_threads_at_once_ends(devices: list[int], num_threads: int) -> None:
     plain, wrapped = twins(mlp(), devices)
     losses = [wrapped(rows(6, seed=seed)).square().sum() for seed in range(num_threads)]
-    threads = [threading.Thread(target=loss.backward) for loss in losses]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[loss.backward for loss in losses])
     for seed in range(num_threads):
         plain(rows(6, seed=seed)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
@@ -157,14 +154,7 @@ def test_backward_from_several_threads_at_once_ends(devices: list[int], num_thre
 @every_layout
 def test_forward_and_backward_from_several_threads_at_once_end(devices: list[int]) -> None:
     plain, wrapped = twins(mlp(), devices)
-    threads = [
-        threading.Thread(target=lambda seed=seed: wrapped(rows(6, seed=seed)).square().sum().backward())
-        for seed in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[lambda seed=seed: wrapped(rows(6, seed=seed)).square().sum().backward() for seed in range(3)])
     for seed in range(3):
         plain(rows(6, seed=seed)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
@@ -174,11 +164,7 @@ def test_two_wrappers_on_opposite_main_devices_go_backward_at_once() -> None:
     pairs = [twins(mlp(), layout) for layout in ([0, 1], [1, 0])]
     for _ in range(10):
         losses = [wrapped(rows(6)).square().sum() for _, wrapped in pairs]
-        threads = [threading.Thread(target=loss.backward) for loss in losses]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*[loss.backward for loss in losses])
         for plain, _ in pairs:
             plain(rows(6)).square().sum().backward()
     for plain, wrapped in pairs:
@@ -193,25 +179,11 @@ def test_one_loss_over_two_wrappers_on_opposite_main_devices() -> None:
     assert_same_gradients(b, plain_b)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, use_reentrant: bool) -> None:
-        super().__init__()
-        self.first, self.second, self.use_reentrant = nn.Linear(3, 4), nn.Linear(4, 2), use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        out = checkpoint(lambda h: self.second(h.tanh()), hidden, use_reentrant=self.use_reentrant)
-        assert isinstance(out, Tensor)
-        return out
-
-
 @every_layout
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_ends_and_is_right(devices: list[int], use_reentrant: bool) -> None:
     plain, wrapped = twins(Checkpointed(use_reentrant), devices)
-    wrapped(rows(6)).square().sum().backward()
-    plain(rows(6)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(6))
 
 
 # ---- modules that devices bear upon
@@ -237,23 +209,12 @@ def test_pooled_buffers_are_the_mean_over_towers(devices: list[int]) -> None:
     assert wrapped.module.running_mean.device == device(devices[0])
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.inner = kind(3, 4, num_layers=2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)[0]
-
-
 @every_layout
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_networks_train_alike(devices: list[int], kind: type[nn.RNNBase]) -> None:
-    plain, wrapped = twins(Recurrent(kind), devices)
+    plain, wrapped = twins(Recurrent(kind, num_layers=2), devices)
     x = torch.randn(5, 6, 3, dtype=torch.float64)
-    wrapped(x).square().sum().backward()
-    plain(x).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, x)
 
 
 @every_layout
@@ -275,9 +236,7 @@ def test_channels_last_convolutions_train_alike(devices: list[int]) -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, bias=False))
     plain, wrapped = twins(net.to(memory_format=torch.channels_last), devices)
     x = torch.randn(5, 2, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
-    wrapped(x).square().sum().backward()
-    plain(x).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, x)
     assert wrapped.module[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -328,12 +287,10 @@ def test_a_wrapper_of_two_devices_can_move_to_the_other_main_device_by_being_mad
     wrapped(rows(4)).sum().backward()
     wrapped.module.zero_grad()
     again = TowerParallel(wrapped.module.to("simulated:1"), device_ids=[1, 0])
-    again(rows(4)).square().sum().backward()
-    plain(rows(4)).square().sum().backward()
-    assert_same_gradients(again, plain)
+    assert_go_backward_alike(plain, again, rows(4))
 
 
-class Scaled(nn.Module):
+class ScaledFromOutside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc, self.scale, self.last = nn.Linear(3, 2), None, None
@@ -345,7 +302,7 @@ class Scaled(nn.Module):
 
 @every_layout
 def test_a_tensor_with_a_graph_in_an_attribute_gets_gradients_from_every_device(devices: list[int]) -> None:
-    plain, wrapped = twins(Scaled(), devices)
+    plain, wrapped = twins(ScaledFromOutside(), devices)
     sources = []
     for net, inner in ((plain, plain), (wrapped, wrapped.module)):
         source = torch.ones(2, dtype=torch.float64, device=next(inner.parameters()).device, requires_grad=True)
@@ -358,7 +315,7 @@ def test_a_tensor_with_a_graph_in_an_attribute_gets_gradients_from_every_device(
 
 
 def test_what_a_forward_leaves_behind_is_not_sent_to_other_devices(simulated: Any) -> None:
-    _, wrapped = twins(Scaled(), [0, 1])
+    _, wrapped = twins(ScaledFromOutside(), [0, 1])
     for _ in range(2):
         wrapped(rows(2)).sum().backward()
     sizes = []

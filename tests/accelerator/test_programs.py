@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import (
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_same_state,
     assert_same_values,
@@ -42,9 +43,7 @@ def test_average_gradients_takes_towers_on_their_devices() -> None:
 def test_batch_norm_over_all_towers_is_that_of_the_whole_batch(devices: list[int]) -> None:
     plain, wrapped = twins(nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2)), devices)
     wrapped = TowerParallel(convert_sync_batchnorm(wrapped.module), device_ids=devices)
-    wrapped(rows(9)).square().sum().backward()
-    plain(rows(9)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(9))
     assert_same_state(wrapped, plain)
 
 
@@ -61,16 +60,12 @@ def test_a_layer_used_in_two_reentrant_checkpoints_gets_both_gradients(devices: 
             return self.inner(x)
 
     plain, wrapped = twins(Net(), devices)
-    wrapped(rows(7).requires_grad_()).square().sum().backward()
-    plain(rows(7).requires_grad_()).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(7).requires_grad_())
 
 
 def test_many_towers_share_two_devices() -> None:
     plain, wrapped = twins(mlp(), [0, 1] * 8)
-    wrapped(rows(40)).square().sum().backward()
-    plain(rows(40)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(40))
 
 
 @pytest.mark.parametrize("max_concurrency", [1, 2, 4])
@@ -99,9 +94,7 @@ def test_a_copy_of_a_wrapper_trains_on(copied: str) -> None:
         file.seek(0)
         again = torch.load(file, weights_only=False)
     assert again.devices == wrapped.devices
-    again(rows(6)).square().sum().backward()
-    plain(rows(6)).square().sum().backward()
-    assert_same_gradients(again, plain)
+    assert_go_backward_alike(plain, again, rows(6))
     assert all(parameter.grad is None for parameter in wrapped.parameters())
 
 
@@ -122,9 +115,7 @@ def test_parameters_replaced_and_modules_added_after_wrapping_take_part() -> Non
     plain.add_module("last", nn.Linear(2, 4).double())
     wrapped.module[0].weight = nn.Parameter(plain[0].weight.detach().to(device(0)))
     wrapped.module.add_module("last", copy.deepcopy(plain.last).to(device(0)))
-    wrapped(rows(7)).square().sum().backward()
-    plain(rows(7)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(7))
 
 
 def test_a_change_of_dtype_after_wrapping_reaches_every_device() -> None:
@@ -142,9 +133,7 @@ def test_no_grad_and_inference_mode_reach_the_towers() -> None:
         assert not wrapped(rows(5)).requires_grad
     with torch.inference_mode():
         assert wrapped(rows(5)).is_inference()
-    wrapped(rows(5)).square().sum().backward()
-    plain(rows(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(5))
 
 
 def test_a_grad_scaler_of_the_device_type_steps_and_skips() -> None:
@@ -179,9 +168,7 @@ def test_a_closed_wrapper_starts_anew() -> None:
     wrapped(rows(4)).sum().backward()
     wrapped.close()
     wrapped.zero_grad()
-    wrapped(rows(4)).square().sum().backward()
-    plain(rows(4)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(4))
 
 
 @pytest.mark.parametrize("ending", ["", "del model, out", "import sys; sys.exit()", "1 / 0"])

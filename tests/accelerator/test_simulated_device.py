@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.helpers import in_threads
+from tests.modules import Recurrent
+
 
 def on(index: int, *shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device=f"simulated:{index}").reshape(shape)
@@ -98,9 +101,7 @@ def test_memory_is_accounted_to_its_device(simulated: types.ModuleType) -> None:
 def test_the_current_device_is_a_threads_own() -> None:
     seen = []
     torch.accelerator.set_device_index(1)
-    thread = threading.Thread(target=lambda: seen.append(torch.empty(1, device="simulated").device.index))
-    thread.start()
-    thread.join()
+    in_threads(lambda: seen.append(torch.empty(1, device="simulated").device.index))
     assert seen == [0]
     assert torch.empty(1, device="simulated").device.index == 1
 
@@ -170,23 +171,14 @@ def test_sparse_tensors_keep_their_device() -> None:
     assert sparse.cpu().to_dense().tolist() == [[2, 3], [4, 6], [0, 0]]
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.inner = kind(3, 4, num_layers=2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)[0]
-
-
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
         (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.MaxPool2d(2)), (4, 2, 8, 8)),
         (nn.Sequential(nn.ConvTranspose2d(2, 3, 3, stride=2), nn.GroupNorm(1, 3)), (4, 2, 5, 5)),
         (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (2, 5, 4)),
-        (Recurrent(nn.LSTM), (2, 5, 3)),
-        (Recurrent(nn.GRU), (2, 5, 3)),
+        (Recurrent(nn.LSTM, num_layers=2), (2, 5, 3)),
+        (Recurrent(nn.GRU, num_layers=2), (2, 5, 3)),
     ],
     ids=["conv", "transposed", "transformer", "lstm", "gru"],
 )

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.accelerator.towers import assert_same_gradients, device, every_layout, mlp, rows, twins
+from tests.accelerator.towers import (
+    assert_go_backward_alike,
+    assert_same_gradients,
+    device,
+    every_layout,
+    mlp,
+    rows,
+    twins,
+)
+from tests.modules import OneLayer
 from torchtower import TowerParallel, current_tower
 
 
@@ -180,18 +189,12 @@ def test_a_default_device_that_names_the_main_device_names_the_towers_own() -> N
 
 
 def test_a_module_that_makes_tensors_on_its_inputs_device_trains_alike() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + torch.arange(2.0, device=x.device) + torch.ones_like(x)[:, :2]
+            return self.fc(x) + torch.arange(2.0, device=x.device) + torch.ones_like(x)[:, :2]
 
     plain, wrapped = twins(Net(), [0, 1])
-    wrapped(rows(5)).square().sum().backward()
-    plain(rows(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(5))
 
 
 # ---- errors
@@ -228,9 +231,7 @@ def test_an_error_names_its_tower_and_device_and_the_next_call_works(
     for model in (plain, again, wrapped):
         (model.module if isinstance(model, TowerParallel) else model).armed = False
     wrapped.module.load_state_dict(plain.state_dict())
-    wrapped(rows(8)).square().sum().backward()
-    plain(rows(8)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
+    assert_go_backward_alike(plain, wrapped, rows(8))
 
 
 def test_every_tower_has_finished_when_an_error_comes_out() -> None:
@@ -251,13 +252,9 @@ def test_every_tower_has_finished_when_an_error_comes_out() -> None:
 
 
 def test_mixing_devices_in_a_forward_is_the_towers_error() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(3, 2)
-
+    class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + torch.ones(2, device=device(0), dtype=torch.float64)
+            return self.fc(x) + torch.ones(2, device=device(0), dtype=torch.float64)
 
     net = Net().double().to(device(0))
     with pytest.raises(RuntimeError, match=r"two devices.*in tower 1 on device simulated:1"):

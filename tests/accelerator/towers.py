@@ -50,6 +50,15 @@ def assert_same_gradients(wrapped: TowerParallel, plain: nn.Module, rtol: float 
         assert_same_values(parameter.grad, theirs[name].grad, rtol)
 
 
+def assert_go_backward_alike(plain: nn.Module, wrapped: TowerParallel, x: Tensor, rtol: float = 1e-12) -> None:
+    """One forward and backward of both: same output and gradients, which add to those that are there."""
+    expected, got = plain(x), wrapped(x)
+    assert_same_values(got, expected, rtol)
+    for out in (expected, got):
+        out.square().sum().backward()
+    assert_same_gradients(wrapped, plain, rtol)
+
+
 def assert_same_state(wrapped: TowerParallel, plain: nn.Module) -> None:
     for name, value in plain.state_dict().items():
         assert_same_values(wrapped.module.state_dict()[name], value)

@@ -1,0 +1,261 @@
+"""Contract 1: however a program differentiates, it finds what it would have found without towers.
+
+By one backward after several forwards or several after one, by autograd.grad, twice and more often, by torch.func.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, assert_trains_alike, batch, mlp, twins, wrap
+
+# ---- backward
+
+
+def test_several_forwards_before_one_backward() -> None:
+    plain, wrapped = twins(mlp(), 3)
+    for net in (plain, wrapped):
+        total = sum(net(batch(rows, seed=rows)).square().sum() for rows in (5, 2, 7))
+        total.backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_module_applied_to_its_own_output() -> None:
+    plain, wrapped = twins(mlp(3, 3), 3)
+    for net in (plain, wrapped):
+        net(net(net(batch(7)))).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_backward_runs_again_where_the_graph_is_retained(times: int) -> None:
+    plain, wrapped = twins(mlp(), 3)
+    for net in (plain, wrapped):
+        loss = net(batch(7)).square().sum()
+        for _ in range(times - 1):
+            loss.backward(retain_graph=True)
+        loss.backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_second_backward_without_retained_graph_raises_as_in_the_plain_module() -> None:
+    for net in twins(mlp(), 3):
+        loss = net(batch(7)).square().sum()
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
+def test_two_heads_go_backward_one_after_the_other() -> None:
+    plain, wrapped = twins(TwoHeads(), 3)
+    for net in (plain, wrapped):
+        left, right = net(batch(7))
+        left.square().sum().backward()
+        right.square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_two_heads_of_a_shared_trunk_go_backward_with_the_graph_retained() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.left, self.right = mlp(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.trunk(x).tanh()
+            return self.left(hidden), self.right(hidden)
+
+    plain, wrapped = twins(Net(), 3)
+    for net in (plain, wrapped):
+        left, right = net(batch(7))
+        left.square().sum().backward(retain_graph=True)
+        right.square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_only_one_of_two_outputs_may_be_used() -> None:
+    plain, wrapped = assert_trains_alike(TwoHeads(), 3, batch(7), loss=lambda out: out[0].square().sum())
+    assert wrapped.module.right.weight.grad is None and plain.right.weight.grad is None
+
+
+def test_rows_of_one_tower_alone_may_be_used() -> None:
+    assert_trains_alike(mlp(), 3, batch(9), loss=lambda out: out[-1].square().sum())
+
+
+def test_a_weight_changed_between_forward_and_backward_raises_as_in_the_plain_module() -> None:
+    for net in twins(mlp(), 2):
+        loss = net(batch(4)).square().sum()
+        with torch.no_grad():
+            next(p for name, p in net.named_parameters() if name.endswith("2.weight")).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# ---- autograd.grad
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_autograd_grad_to_parameters_and_inputs_leaves_grad_alone(num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    found = []
+    for net in (plain, wrapped):
+        x = batch(7, requires_grad=True)
+        found.append(torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()]))
+        assert x.grad is None and all(p.grad is None for p in net.parameters())
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected)
+
+
+def test_autograd_grad_to_some_parameters() -> None:
+    plain, wrapped = twins(mlp(), 3)
+    found = []
+    for net in (plain, wrapped):
+        inner = getattr(net, "module", net)
+        found.append(torch.autograd.grad(net(batch(7)).sum(), inner[2].weight))
+    assert_close(found[1][0], found[0][0])
+
+
+def test_autograd_grad_of_an_unused_parameter_is_none() -> None:
+    net = mlp()
+    net.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    net.forward = lambda x: net[2](net[1](net[0](x)))
+    wrapped = wrap(net, 2)
+    grads = torch.autograd.grad(wrapped(batch(4)).sum(), list(wrapped.parameters()), allow_unused=True)
+    named = dict(zip([name for name, _ in net.named_parameters()], grads, strict=True))
+    assert named["unused"] is None and named["0.weight"] is not None
+
+
+# ---- twice and more often
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_a_gradient_penalty_differentiates_twice(num_towers: int, rows: int) -> None:
+    plain, wrapped = twins(mlp(3, 1), num_towers)
+    x_grads = []
+    for net in (plain, wrapped):
+        x = batch(rows, requires_grad=True)
+        out = net(x)
+        (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (out.square().sum() + (gradient.norm(dim=1) - 1).square().sum()).backward()
+        x_grads.append(x.grad)
+    assert_close(x_grads[1], x_grads[0])
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", (1, 2, 3))
+def test_a_penalty_on_the_parameters_gradients_differentiates_twice(num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    for net in (plain, wrapped):
+        loss = net(batch(7)).square().mean()
+        grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        (loss + sum(g.square().sum() for g in grads)).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_higher_orders_agree(order: int) -> None:
+    plain, wrapped = twins(mlp(3, 1), 2)
+    found = []
+    for net in (plain, wrapped):
+        x = batch(4, requires_grad=True)
+        value = net(x).sum()
+        for _ in range(order):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            value = gradient.pow(2).sum()
+        value.backward()
+        found.append(x.grad)
+    assert_close(found[1], found[0], 1e-11)
+    assert_same_gradients(wrapped, plain, 1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_backward_with_create_graph_fills_grads_that_can_be_differentiated() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        net(batch(5)).square().sum().backward(create_graph=True)
+        first = [p.grad for p in net.parameters()]
+        net.zero_grad(set_to_none=True)
+        sum(g.square().sum() for g in first).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_hessian_vector_products_agree() -> None:
+    plain, wrapped = twins(mlp(), 3)
+    found = []
+    for net in (plain, wrapped):
+        parameters = list(net.parameters())
+        grads = torch.autograd.grad(net(batch(7)).square().sum(), parameters, create_graph=True)
+        found.append(torch.autograd.grad(grads, parameters, [torch.ones_like(g) for g in grads]))
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected)
+
+
+def test_tower_loss_differentiates_twice() -> None:
+    plain, wrapped = twins(mlp(), 3)
+    x, y = batch(7), batch(7, 2, seed=1)
+    losses = [F.mse_loss(plain(x), y), wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y)]
+    for net, loss in zip((plain, wrapped), losses, strict=True):
+        grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        (loss + sum(g.square().sum() for g in grads)).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_gradients_pass_torchs_own_numerical_check() -> None:
+    wrapped = wrap(mlp(), 2)
+    x = batch(3, requires_grad=True)
+    assert torch.autograd.gradcheck(wrapped, (x,))
+    assert torch.autograd.gradgradcheck(wrapped, (x,))
+
+
+# ---- torch.func
+
+
+def test_functional_call_differentiates_the_given_parameters() -> None:
+    plain, wrapped = twins(mlp(), 3)
+    outer = nn.Sequential(wrapped)  # torch refuses to call a DataParallel itself with other parameters
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for net, prefix in ((plain, ""), (outer, "0.module.")):
+        given = {prefix + name: p.detach() * scale for name, p in plain.named_parameters()}
+        out = torch.func.functional_call(net, given, batch(7))
+        results.append((out, *torch.autograd.grad(out.square().sum(), scale)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert_close(got, expected)
+    assert torch.equal(wrapped(batch(4)), wrapped(batch(4)))
+    assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+TRANSFORMS = {
+    "grad": lambda net, x: torch.func.grad(lambda x: net(x).sum())(x),
+    "vmap": lambda net, x: torch.func.vmap(net)(x[None].expand(2, -1, -1)),
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (torch.ones_like(x),))[1],
+    "jacrev": lambda net, x: torch.func.jacrev(net)(x),
+    "hessian": lambda net, x: torch.func.hessian(lambda x: net(x).sum())(x),
+    "jacobian": lambda net, x: torch.autograd.functional.jacobian(net, x),
+    "forward mode": lambda net, x: _forward_mode(net, x),
+}
+
+
+def _forward_mode(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(net(torch.autograd.forward_ad.make_dual(x, x * 2))).tangent
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_the_wrapper_are_those_of_the_module(name: str) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    assert_close(TRANSFORMS[name](wrapped, batch(4)), TRANSFORMS[name](plain, batch(4)))

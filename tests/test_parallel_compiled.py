@@ -1,0 +1,175 @@
+"""Contract 4: modules that torch has compiled, scripted or traced work in towers, and so do those made of a wrapper."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+
+# ---- torch.compile
+
+
+@pytest.fixture
+def counting_backend() -> Any:
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    backend.graphs = graphs
+    yield backend
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "module.compile", "submodule", "compiled forward"])
+def test_a_compiled_inner_module_is_compiled_once_for_all_towers(how: str, counting_backend: Any) -> None:
+    class Net(nn.Module):  # torch compiles no nn.Sequential called as such
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    plain = Net()
+    net = copy.deepcopy(plain)
+    if how == "torch.compile":
+        inner: nn.Module = torch.compile(net, backend=counting_backend, dynamic=False)
+    elif how == "module.compile":
+        net.compile(backend=counting_backend, dynamic=False)
+        inner = net
+    elif how == "compiled forward":
+        net.forward = torch.compile(net.forward, backend=counting_backend, dynamic=False)
+        inner = net
+    else:
+        inner = nn.Sequential(torch.compile(net, backend=counting_backend, dynamic=False))
+    wrapped = wrap(inner, 3)
+    for step in range(3):
+        x = batch(6, seed=step)
+        for module in (plain, wrapped):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        for got, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
+            assert_close(got.grad, expected.grad)
+        with torch.no_grad():
+            for p, q in zip(wrapped.parameters(), plain.parameters(), strict=True):
+                p.sub_(p.grad, alpha=0.1)
+                q.sub_(q.grad, alpha=0.1)
+    assert len(counting_backend.graphs) == 1
+
+
+def test_torch_compile_of_the_wrapper_gives_the_same_gradients(counting_backend: Any) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    compiled = torch.compile(wrapped, backend=counting_backend)
+    for step in range(2):
+        for net in (plain, compiled):
+            net.zero_grad()
+            net(batch(5, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+
+
+def test_torch_compile_of_a_step_around_the_wrapper_works(counting_backend: Any) -> None:
+    plain, wrapped = twins(mlp(), 2)
+
+    @torch.compile(backend=counting_backend)
+    def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x * 2).square().sum()
+
+    loss_of(wrapped, batch(5)).backward()
+    plain(batch(5) * 2).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- TorchScript
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda net: torch.jit.trace(net, batch(4))], ids=["script", "trace"]
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_scripted_modules_work(make: Any, nested: bool) -> None:
+    plain = mlp()
+    scripted = make(copy.deepcopy(plain))
+    wrapped = wrap(nn.Sequential(scripted) if nested else scripted, 2)
+    for step in range(2):
+        assert_close(wrapped(batch(5, seed=step)), plain(batch(5, seed=step)))
+        for net in (plain, wrapped):
+            net.zero_grad()
+            net(batch(5, seed=step)).square().sum().backward()
+        grads = [p.grad for p in wrapped.parameters()]
+        for got, p in zip(grads, plain.parameters(), strict=True):
+            assert_close(got, p.grad)
+
+
+class Counted(nn.Module):
+    """Tied parameters, and buffers of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)
+        self.tied = self.first
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.last(self.norm(self.tied(self.first(x))))
+
+
+def from_file(net: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, from_file], ids=["script", "file"])
+def test_a_scripted_module_is_followed(make: Any) -> None:
+    scripted = make(Counted().double())
+    wrapped = wrap(scripted, 2)
+    wrapped(batch(4))
+    assert float(scripted.seen) == 1 and bool(scripted.norm.running_mean.any())
+    scripted.eval()
+    frozen = scripted.norm.running_mean.clone()
+    assert_close(wrapped(batch(4)), scripted(batch(4)))
+    assert torch.equal(scripted.norm.running_mean, frozen)
+    for p in scripted.last.parameters():
+        p.requires_grad_(False)
+    scripted.first.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+    out = wrapped(batch(4))
+    assert_close(out, scripted(batch(4)))
+    out.sum().backward()
+    assert scripted.last.weight.grad is None and scripted.first.weight.grad is not None
+    wrapped.float()
+    assert wrapped(batch(4).float()).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_frozen_scripted_module_works() -> None:
+    plain = mlp().eval()
+    assert_close(wrap(torch.jit.freeze(torch.jit.script(plain)), 3)(batch(7)), plain(batch(7)))
+
+
+# ---- tracing and exporting
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("way", ["trace", "export"])
+def test_a_wrapper_is_traced_and_exported_as_its_module(num_towers: int, way: str) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    x = batch(6)
+    if way == "trace":
+        program: Any = torch.jit.trace(wrapped, x)
+    else:
+        program = torch.export.export(wrapped, (x,)).module()
+    assert_close(program(x), plain(x))

@@ -1,0 +1,121 @@
+"""Contract 7: the wrapper stands where nn.DataParallel stood: its class, signature, steps and subclasses."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import EVERY_COUNT, assert_go_backward_alike, batch, mlp, wrap
+from torchtower import TowerParallel
+
+
+def test_wrapped_is_a_data_parallel_with_its_signature() -> None:
+    wrapped = TowerParallel(mlp(), ["cpu", "cpu"], "cpu", 0)
+    assert isinstance(wrapped, nn.DataParallel)
+    assert wrapped.device_ids == ["cpu", "cpu"] and wrapped.dim == 0
+    assert wrapped.output_device == torch.device("cpu")
+    assert isinstance(wrapped.module, nn.Sequential)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_the_wrapper_prints_and_reports_as_data_parallel_does(num_towers: int) -> None:
+    wrapped = wrap(mlp(), num_towers)
+    assert repr(wrapped).startswith("TowerParallel(") and "(module): Sequential(" in repr(wrapped)
+    assert wrapped.num_towers == num_towers and wrapped.device_ids == ["cpu"] * num_towers
+    assert wrapped.training
+
+
+def test_without_devices_there_is_one_tower_that_costs_nothing() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator, whose devices are the default")
+    net = mlp()
+    wrapped = TowerParallel(net)
+    x = batch(4)
+    assert wrapped.num_towers == 1
+    assert torch.equal(wrapped(x), net(x))
+    assert wrapped._towers is None
+
+
+def test_data_parallel_functions_of_torch_still_work_on_cpu_modules() -> None:
+    wrapped = wrap(mlp(), 2)
+    assert torch.equal(wrapped.module(batch(4)), wrapped.module(batch(4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped(batch(4))
+
+
+def test_a_session_cell_by_cell_works() -> None:
+    """Each cell compiled and run by itself in one namespace, definitions repeated, errors in between."""
+    cells = [
+        "import torch\nfrom torch import nn\nfrom torchtower import TowerParallel",
+        "class Net(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(3, 2)\n"
+        "  def forward(self, x):\n    return self.fc(x)",
+        "model = TowerParallel(Net(), ['cpu'] * 2)\nout = model(torch.ones(4, 3))",
+        "model(torch.ones(4, 7))",
+        "class Net(nn.Module):\n  def __init__(self):\n    super().__init__()\n    self.fc = nn.Linear(3, 1)\n"
+        "  def forward(self, x):\n    return self.fc(x).tanh()",
+        "model = TowerParallel(Net(), ['cpu'] * 3)\nmodel(torch.ones(4, 3)).sum().backward()",
+        "Net.forward = lambda self, x: self.fc(x) * 0 + 7\nout = model(torch.ones(4, 3))",
+        "out.sum().backward()",
+    ]
+    space: dict[str, Any] = {}
+    errors = 0
+    for cell in cells:
+        try:
+            exec(compile(cell, "<cell>", "exec"), space)
+        except RuntimeError:
+            errors += 1
+    assert errors == 1
+    assert torch.equal(space["out"], torch.full((4, 1), 7.0))
+
+
+# ---- subclasses, and the steps that they call
+
+
+def test_subclasses_may_add_attributes_and_reach_the_module() -> None:
+    class Mine(TowerParallel):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.module, name)
+
+    net = mlp()
+    net.extra = 5
+    wrapped = Mine(net, ["cpu", "cpu"])
+    assert wrapped.extra == 5
+    assert wrapped(batch(4)).shape == (4, 2)
+    wrapped.mine = 3
+    assert copy.deepcopy(wrapped).mine == 3
+
+
+class Stepwise(TowerParallel):
+    """As programs do that subclass nn.DataParallel with a forward of their own."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
+        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
+        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_the_steps_of_data_parallel_work_one_by_one(num_towers: int, rows: int) -> None:
+    plain = mlp()
+    stepwise = Stepwise(copy.deepcopy(plain), device_ids=["cpu"] * num_towers)
+    shards, keywords = stepwise.scatter((batch(7),), {"scale": 2, "y": batch(7, 2)}, stepwise.device_ids)
+    assert len(shards) == len(keywords) == num_towers
+    assert torch.equal(torch.cat([k["y"] for k in keywords]), batch(7, 2)) and keywords[-1]["scale"] == 2
+    assert_go_backward_alike(plain, stepwise, batch(rows, requires_grad=True))
+
+
+@pytest.mark.parametrize("step", ["scatter", "replicate", "parallel_apply", "gather"])
+def test_a_step_overridden_without_the_forward_is_refused(step: str) -> None:
+    kind = type("Mine", (TowerParallel,), {step: lambda self, *args: None})
+    with pytest.raises(TypeError, match=f"Mine: expected a subclass that overrides {step} to override forward, too"):
+        kind(mlp(), device_ids=["cpu", "cpu"])
