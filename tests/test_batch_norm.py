@@ -265,3 +265,12 @@ def test_a_lazy_batch_norm_is_not_converted() -> None:
 def test_synchronised_batch_norm_takes_an_empty_batch() -> None:
     wrapped = wrap(convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()), 2)
     assert wrapped(batch(4)[:0]).shape == (0, 4)
+
+
+def test_norms_between_processes_are_told_of_and_converted() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4), nn.ReLU()).double()
+    with pytest.warns(UserWarning, match="convert_sync_batchnorm"):
+        wrap(net, 2)
+    plain = nn.Sequential(net[0], nn.BatchNorm1d(4), net[2]).double()
+    wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(net)), 2)
+    assert_close(wrapped(batch(7)), plain(batch(7)))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_go_backward_alike, batch, mlp, wrap
+from tests.helpers import EVERY_COUNT, assert_close, assert_go_backward_alike, batch, mlp, wrap
+from tests.modules import OneLayer
 from torchtower import TowerParallel
 
 
@@ -119,3 +120,31 @@ def test_a_step_overridden_without_the_forward_is_refused(step: str) -> None:
     kind = type("Mine", (TowerParallel,), {step: lambda self, *args: None})
     with pytest.raises(TypeError, match=f"Mine: expected a subclass that overrides {step} to override forward, too"):
         kind(mlp(), device_ids=["cpu", "cpu"])
+
+
+def test_the_class_is_generic_as_nn_data_parallel_is() -> None:
+    kind: Any = TowerParallel[nn.Sequential]
+    assert isinstance(kind(mlp(), ["cpu", "cpu"]), TowerParallel)
+
+
+def test_zero_grad_in_a_forward_warns_as_in_nn_data_parallel() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            self.zero_grad()
+            out: Tensor = self.fc(x)
+            return out
+
+    with pytest.warns(UserWarning, match="no effect"):
+        wrap(Net().double(), 2)(batch(4))
+
+
+@pytest.mark.parametrize("towers", EVERY_COUNT)
+def test_a_larger_model_is_traced_through_the_wrapper(towers: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 3).double(), wrap(mlp(), towers))
+    traced = torch.fx.symbolic_trace(model)
+    assert_close(traced(batch(5)), model(batch(5)))
+
+
+def test_gather_knows_minus_one_for_the_cpu() -> None:
+    wrapped = wrap(mlp(), 2)
+    assert torch.equal(wrapped.gather([batch(2), batch(3)], -1), torch.cat([batch(2), batch(3)]))

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from tests.helpers import assert_close, batch, mlp, twins
 
 TOWERS = [1, 2, 3]
-
-
 PASSED: list[str] = []
 
 

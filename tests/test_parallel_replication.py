@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from tests.helpers import (
     EVERY_COUNT,
+    SEVERAL,
     assert_close,
+    assert_go_backward_alike,
     assert_same_gradients,
     assert_same_parameters,
     assert_trains_alike,
@@ -484,3 +486,27 @@ def test_a_buffer_may_change_its_shape_and_dtype(num_towers: int) -> None:
         for net in (plain, wrapped.module):
             net.seen.data = value.clone()
         assert_close(wrapped(batch(8)), plain(batch(8)))
+
+
+class AttrDict(dict[str, Any]):
+    """Of the kind that every configuration file is read into: a name that is no key is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_an_attribute_whose_own_lookup_raises_is_shared(towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.options = AttrDict(scale=2.0)
+            self.all_options = [AttrDict(shift=1.0)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x) * self.options.scale + self.all_options[0].shift
+            return out
+
+    plain, inner = Net().double(), Net().double()  # no such attribute can be copied
+    inner.load_state_dict(plain.state_dict())
+    wrapped = wrap(inner, towers)
+    assert_go_backward_alike(plain, wrapped, batch(5))

@@ -28,6 +28,7 @@ from tests.helpers import (
 )
 
 Pair = namedtuple("Pair", "left right")
+from tests.modules import OneLayer
 
 
 @dataclasses.dataclass
@@ -425,3 +426,31 @@ def test_a_module_with_zero_output_features_works() -> None:
 
 def test_towers_may_return_different_numbers_of_rows() -> None:
     assert_trains_alike(WithOutput(lambda h: h[h[:, 0] > 0]), 3, batch(20))
+
+
+class Twice(namedtuple("Twice", ["left", "right"])):
+    """A named tuple that makes itself otherwise than from its fields."""
+
+    def __new__(cls, both: Tensor) -> Twice:
+        return super().__new__(cls, both, both + 1)
+
+
+@pytest.mark.parametrize("towers", EVERY_COUNT)
+def test_named_tuples_with_a_way_of_their_own_to_be_made(towers: int) -> None:
+    class Net(OneLayer):
+        def forward(self, pair: Twice) -> Twice:
+            return Twice(self.fc(pair.left + pair.right))
+
+    plain, wrapped = twins(Net(), towers)
+    out, expected = wrapped(Twice(batch(5))), plain(Twice(batch(5)))
+    assert type(out) is Twice
+    assert_close(out.right, expected.right)
+
+
+def test_arrays_of_other_shapes_are_told_apart_by_name() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x, x.numpy()
+
+    with pytest.raises(ValueError, match=r"(?s)output\[1\] of every tower to be alike.* tower 1"):
+        wrap(Net(), 2)(batch(9))
