@@ -26,9 +26,9 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import OneLayer
 
 Pair = namedtuple("Pair", "left right")
-from tests.modules import OneLayer
 
 
 @dataclasses.dataclass
