@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.helpers import EVERY_COUNT, assert_close, assert_go_backward_alike, batch, mlp, wrap
-from tests.modules import OneLayer
 from torchtower import TowerParallel
 
 
@@ -125,17 +124,6 @@ def test_a_step_overridden_without_the_forward_is_refused(step: str) -> None:
 def test_the_class_is_generic_as_nn_data_parallel_is() -> None:
     kind: Any = TowerParallel[nn.Sequential]
     assert isinstance(kind(mlp(), ["cpu", "cpu"]), TowerParallel)
-
-
-def test_zero_grad_in_a_forward_warns_as_in_nn_data_parallel() -> None:
-    class Net(OneLayer):
-        def forward(self, x: Tensor) -> Tensor:
-            self.zero_grad()
-            out: Tensor = self.fc(x)
-            return out
-
-    with pytest.warns(UserWarning, match="no effect"):
-        wrap(Net().double(), 2)(batch(4))
 
 
 @pytest.mark.parametrize("towers", EVERY_COUNT)

@@ -510,3 +510,56 @@ def test_an_attribute_whose_own_lookup_raises_is_shared(towers: int) -> None:
     inner.load_state_dict(plain.state_dict())
     wrapped = wrap(inner, towers)
     assert_go_backward_alike(plain, wrapped, batch(5))
+
+
+class Unmeasured(tuple[Any, ...]):
+    """As e3nn's irreps are: several things at once, so it will not say how many."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_a_tuple_without_a_length_is_followed(towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.both = Unmeasured([self.fc, 2])
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer, scale = self.both
+            out: Tensor = layer(x) * scale
+            return out
+
+    plain, wrapped = twins(Net(), towers)
+    assert_go_backward_alike(plain, wrapped, batch(5))
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_attributes_of_buffers_are_every_towers(towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.register_buffer("scale", torch.ones(2))
+            self.scale.power = 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x) * self.scale**self.scale.power
+            return out
+
+    plain, inner = Net().double(), Net().double()
+    plain.scale.power = inner.scale.power = 2  # which a cast has lost
+    inner.load_state_dict(plain.state_dict())
+    assert_go_backward_alike(plain, wrap(inner, towers), batch(5))
+
+
+def test_replicas_do_not_pass_for_those_of_nn_data_parallel() -> None:
+    # Theirs have no parameters, so libraries (torchdiffeq) that see the mark look for them elsewhere.
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            assert not hasattr(self, "_is_replica") and len(list(self.parameters())) == 2
+            return self.fc(x)
+
+    wrap(Net().double(), 2)(batch(4))

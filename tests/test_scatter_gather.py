@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import enum
 import types
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -210,6 +209,16 @@ class Holder:
         self.held = held
 
 
+class Named:
+    """Yields names, and can be made from nothing but a list."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = {"a": held}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+
 class OfSlots:
     __slots__ = ("held",)
 
@@ -231,7 +240,7 @@ class OfSlots:
         (lambda t: {"a": t}.values(), "dict_values"),
         (lambda t: lambda: t, "function"),
         (lambda t: {t}, "set"),
-        (lambda t: collections.deque([t]), "deque"),
+        (lambda t: Named(t), "Named"),
         (lambda t: torch.nn.utils.rnn.pack_sequence([t]), "PackedSequence"),
     ],
 )

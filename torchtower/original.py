@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchtower._extension import same_contents
 from torchtower.outside import Outside
 from torchtower.rewrite import container_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
@@ -37,19 +38,10 @@ class Watch:
     def remember(self) -> None:
         """Take today's contents for the unchanged ones."""
         self._before = [tuple(_values(container)) for container in self._containers]
-        self._lengths = list(map(len, self._containers))
-        # Apart, so that the usual look at them runs without a line of Python for each.
-        self._dicts = [container for container in self._containers if container and isinstance(container, dict)]
-        self._others = [container for container in self._containers if container and not isinstance(container, dict)]
-        self._contents = list(self._flat())
-
-    def _flat(self) -> Iterator[Any]:
-        return chain(chain.from_iterable(map(dict.values, self._dicts)), chain.from_iterable(self._others))
 
     def changed(self) -> list[int]:
         """Which groups hold other objects than were remembered; costs little when none does."""
-        lengths = list(map(len, self._containers))
-        if lengths == self._lengths and all(map(is_, self._flat(), self._contents)):
+        if same_contents(self._containers, self._before):
             return []
         return [index for index, same in enumerate(self._compared()) if not same]
 
@@ -190,7 +182,7 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
         elif isinstance(value, tuple):
-            pending.extend(value)
+            pending.extend(iter(value))  # a subclass may have no length
         elif (container := container_of(value)) is not None and id(container) not in seen:
             seen.add(id(container))
             containers.append(container)

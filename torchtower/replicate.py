@@ -108,6 +108,8 @@ class Replica:
             ]
         for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
             self._to_replica.add(buffer, twin)
+            if twin is not buffer:
+                twin.__dict__.update(buffer.__dict__)
         for module in self._original.modules:
             self._install(module)
         self._watch_own()
@@ -167,7 +169,7 @@ class Replica:
                 name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS
             }
             twin.__dict__.clear()
-            twin.__dict__.update(attributes, **dicts, _is_replica=True)  # which zero_grad() warns of
+            twin.__dict__.update(attributes, **dicts)
             if type(twin) is not type(module):  # a parametrization changes a module's class
                 object.__setattr__(twin, "__class__", type(module))
         for source in sources:  # which must not live longer than the module holds it

@@ -210,7 +210,7 @@ def _parts_of(value: Any) -> list[Any] | None:
     if kind in _DICTS:
         return [*value.keys(), *value.values()]
     if kind in _CONTAINERS or isinstance(value, (tuple, frozenset)):
-        return list(value)
+        return list(iter(value))  # a subclass may have no length
     if kind is types.FunctionType:
         keywords = value.__kwdefaults__ or {}
         contents = map(cell_content, value.__closure__ or ())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, ValuesView
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set, ValuesView
 from io import IOBase
 from itertools import islice
 from types import ModuleType, SimpleNamespace
@@ -177,7 +177,7 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
-        TypeError: a nested tensor, or an object that holds tensors and is none of these containers.
+        TypeError: a nested tensor, or an object that holds tensors and cannot be made from what it yields.
     """
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -189,7 +189,7 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
         return join(list(outputs), path)
     children = [None if isinstance(output, PackedSequence) else _children(output) for output in outputs]
     if children[0] is None:
-        return _same_everywhere(outputs, path)
+        return _join_elements(outputs, join, path) if _holds_tensors(first) else _same_everywhere(outputs, path)
     names = _names(first)
     for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
         if type(output) is not type(first) or child is None or not _same_names(_names(output), first, names):
@@ -236,13 +236,33 @@ def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
     return names == expected or (isinstance(first, Mapping) and set(names) == set(expected))
 
 
+def _join_elements(outputs: Sequence[Any], join: Callable[[list[Tensor], str], Any], path: str) -> Any:
+    """Join objects that hold tensors by what they yield, and make one of that: nn.DataParallel's rule.
+
+    That is how a transformer's cache of keys and values travels.
+    """
+    first = outputs[0]
+    kind = type(first)
+    refusal = TypeError(
+        f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be "
+        f"joined, but got a {kind.__name__} that holds tensors; return these"
+    )
+    if not hasattr(kind, "__iter__") or isinstance(first, (Iterator, Set, PackedSequence)):
+        raise refusal
+    if not any(map(_holds_tensors, first)):  # it yields something else, its keys say
+        raise refusal
+    for tower, other in enumerate(outputs):
+        if type(other) is not kind:
+            raise ValueError(_differ(path, f"a {kind.__name__}", tower, f"a {type(other).__name__}"))
+    joined = gather_structure([list(iter(output)) for output in outputs], join, path)
+    try:
+        return kind(joined)
+    except Exception as error:
+        raise refusal from error
+
+
 def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
     first = outputs[0]
-    if _holds_tensors(first):
-        raise TypeError(
-            f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be "
-            f"joined, but got a {type(first).__name__} that holds tensors; return these"
-        )
     for tower, other in enumerate(outputs):
         if other is not first and (type(other) is not type(first) or not _equal(first, other)):
             raise ValueError(_differ(path, repr(first), tower, repr(other)))
