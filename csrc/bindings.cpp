@@ -1,4 +1,5 @@
-// What an op schema cannot carry: facts about the build and the machine, and what tests look at.
+// What an op schema cannot carry: facts about the build and the machine, Python's own objects, and
+// what tests look at.
 // Includes no torch header.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +11,7 @@
 
 #include "chunk_plan.h"
 #include "cpu/kernels.h"
+#include "same_contents.h"
 
 namespace {
 
@@ -59,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("available_cpu_kernels", &available_cpu_kernels);
   m.def("use_cpu_kernels", &use_cpu_kernels, pybind11::arg("name"));
+
+  m.def("same_contents", &torchtower::same_contents, pybind11::arg("containers"),
+        pybind11::arg("before"));
 
   using torchtower::ChunkPlan;
   pybind11::class_<ChunkPlan>(m, "ChunkPlan")

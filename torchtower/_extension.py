@@ -15,6 +15,8 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps torchtower"
     ) from error
 
+same_contents = _C.same_contents
+
 
 def build_info() -> dict[str, str | bool]:
     """Tell how the compiled extension was built.

@@ -180,7 +180,9 @@ class Round:
         finally:
             _local.round = None
             self._finished.append(tower_index)
-            self._reports.put(None)
+            # Waking the caller for nothing would take the interpreter from the towers that still work.
+            if len(self._finished) == len(self._starts) or self._num_started < len(self._starts) or self._arrivals:
+                self._reports.put(None)
 
     def first_error(self) -> BaseException | None:
         """What the first tower to fail raised, in tower order; taken out, so that the round does not keep it."""

@@ -1,0 +1,50 @@
+#include "same_contents.h"
+
+namespace torchtower {
+
+namespace {
+
+bool same_values(PyObject* dict, PyObject* before) {
+  if (PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(before)) return false;
+  Py_ssize_t position = 0;
+  PyObject* value = nullptr;
+  for (Py_ssize_t i = 0; PyDict_Next(dict, &position, nullptr, &value) != 0; ++i) {
+    if (value != PyTuple_GET_ITEM(before, i)) return false;
+  }
+  return true;
+}
+
+bool same_items(PyObject* list, PyObject* before) {
+  if (PyList_GET_SIZE(list) != PyTuple_GET_SIZE(before)) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    if (PyList_GET_ITEM(list, i) != PyTuple_GET_ITEM(before, i)) return false;
+  }
+  return true;
+}
+
+bool same_members(PyObject* iterable, PyObject* before) {
+  const auto now = pybind11::tuple(pybind11::reinterpret_borrow<pybind11::object>(iterable));
+  if (PyTuple_GET_SIZE(now.ptr()) != PyTuple_GET_SIZE(before)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(before); ++i) {
+    if (PyTuple_GET_ITEM(now.ptr(), i) != PyTuple_GET_ITEM(before, i)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool same_contents(const pybind11::list& containers, const pybind11::list& before) {
+  if (containers.size() != before.size()) return false;
+  for (size_t i = 0; i < containers.size(); ++i) {
+    PyObject* const container = PyList_GET_ITEM(containers.ptr(), static_cast<Py_ssize_t>(i));
+    PyObject* const then = PyList_GET_ITEM(before.ptr(), static_cast<Py_ssize_t>(i));
+    if (!PyTuple_Check(then)) throw pybind11::type_error("same_contents: expected tuples");
+    const bool same = PyDict_Check(container)   ? same_values(container, then)
+                      : PyList_Check(container) ? same_items(container, then)
+                                                : same_members(container, then);
+    if (!same) return false;
+  }
+  return true;
+}
+
+}  // namespace torchtower
