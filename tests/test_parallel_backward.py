@@ -5,6 +5,8 @@ By one backward after several forwards or several after one, by autograd.grad, t
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,3 +261,20 @@ def _forward_mode(net: nn.Module, x: Tensor) -> Tensor:
 def test_transforms_of_the_wrapper_are_those_of_the_module(name: str) -> None:
     plain, wrapped = twins(mlp(), 2)
     assert_close(TRANSFORMS[name](wrapped, batch(4)), TRANSFORMS[name](plain, batch(4)))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_was_frozen_and_forwarded_since_gets_no_gradient(create_graph: bool) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        loss = net(batch(4)).square().sum()
+        module[0].weight.requires_grad_(False)
+        net(batch(4))
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        grads = torch.autograd.grad(loss, parameters, create_graph=create_graph, retain_graph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a cycle between a parameter and its gradient
+            loss.backward(create_graph=create_graph)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            assert_close(parameter.grad, grad)
+    assert_same_gradients(wrapped, plain)

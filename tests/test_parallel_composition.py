@@ -245,3 +245,15 @@ def test_distributed_data_parallel_wraps_towers() -> None:
         del both
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("towers", EVERY_COUNT)
+def test_a_wrapper_that_has_run_by_itself_may_stand_in_a_wrapped_module(towers: int) -> None:
+    plain = nn.Sequential(mlp(), nn.Linear(2, 1).double())
+    inner = wrap(copy.deepcopy(plain[0]), 2)
+    inner(batch(5))
+    wrapped = wrap(nn.Sequential(inner, copy.deepcopy(plain[1])), towers)
+    wrapped.tower_loss(lambda net, x: net(x).square().mean(), batch(5)).backward()
+    plain(batch(5)).square().mean().backward()
+    for mine, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        assert_close(mine.grad, expected.grad)

@@ -125,14 +125,17 @@ class LocalGrad(_Local):
     def __call__(self) -> list[Grad]:
         """Go backward; return each wanted leaf's gradient, with its graph where grad mode is on."""
         results: list[Grad] = [None] * len(self._leaves)
-        wanted = [i for i, flag in enumerate(self._wanted) if flag]
+        wanted = {  # what has been frozen since the forward gets none, as in the plain module
+            index: leaf
+            for index, (leaf, flag) in enumerate(zip(self._leaves, self._wanted, strict=True))
+            if flag and leaf is not None and leaf.requires_grad
+        }
         if self._pairs and wanted:
             roots, grads = zip(*self._pairs, strict=True)
-            leaves = [leaf for i in wanted if (leaf := self._leaves[i]) is not None]
             with torch.autograd.set_multithreading_enabled(False):
                 found = torch.autograd.grad(
                     roots,
-                    leaves,
+                    list(wanted.values()),
                     grads,
                     retain_graph=self._keep_graph,
                     create_graph=torch.is_grad_enabled(),

@@ -307,8 +307,10 @@ class TowerParallel(Steps[Module]):
         return self.num_towers == 1 or current_tower() is not None or transforming() or sys.is_finalizing()
 
     def _module_here(self) -> Any:
-        # A loss function that calls the wrapper itself means its tower's replica.
-        return self.module if self._towers is None else self._towers.module_here()
+        # A loss function that calls the wrapper itself means its tower's replica. Within another wrapper's tower this
+        # may be a replica of the wrapper, whose own module is the one.
+        replica = None if self._towers is None else self._towers.replica_here()
+        return self.module if replica is None else replica
 
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
         inputs, kwargs = self._moved((inputs, kwargs))

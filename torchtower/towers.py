@@ -71,10 +71,10 @@ class Towers:
         """The user's module that the replicas follow."""
         return self._original.module
 
-    def module_here(self) -> Any:
-        """In the thread of a tower of ours that tower's replica, elsewhere the user's module."""
+    def replica_here(self) -> Any:
+        """In the thread of a tower of ours that tower's replica, elsewhere None."""
         tower = self.pool.tower_here()
-        return self.module if tower is None else self._replicas[tower].module
+        return None if tower is None else self._replicas[tower].module
 
     def run(self, call: Call, shards: Shards) -> ForwardResult:
         """Run ``call`` on every shard, each in its tower's thread, and take over what the main tower wrote."""
