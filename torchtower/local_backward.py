@@ -36,6 +36,7 @@ class _Local:
         grads: of these roots; None where none is given.
         leaves: of the tower's graph.
         wanted: of which leaves gradients are wanted; of a whole backward's, which required them when the forward ran.
+        keep_graph: whether the graph may be walked again.
     """
 
     def __init__(
@@ -44,23 +45,25 @@ class _Local:
         grads: list[Grad],
         leaves: list[Grad],
         wanted: list[bool],
+        keep_graph: bool,
     ) -> None:
         self._pairs = [
             (root.edge, grad) for root, grad in zip(roots, grads, strict=True) if root is not None and grad is not None
         ]
         self._leaves = leaves
         self._wanted = wanted
+        self._keep_graph = keep_graph
 
 
 class LocalBackward(_Local):
     """A first-order backward, into the tower's leaves.
 
     Args:
-        roots: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
+        roots: as of `_Local`, and so are the next four.
         grads: see ``roots``.
         leaves: see ``roots``.
         wanted: see ``roots``.
-        keep_graph: whether the graph may be walked again.
+        keep_graph: see ``roots``.
         sender: what hears of the gradients as they appear, where they must travel.
     """
 
@@ -73,8 +76,7 @@ class LocalBackward(_Local):
         keep_graph: bool,
         sender: Sender | None,
     ) -> None:
-        super().__init__(roots, grads, leaves, wanted)
-        self._keep_graph = keep_graph
+        super().__init__(roots, grads, leaves, wanted, keep_graph)
         self._sender = sender
 
     def __call__(self) -> list[Grad]:
@@ -101,26 +103,7 @@ class LocalBackward(_Local):
 
 
 class LocalGrad(_Local):
-    """A backward that gives gradients instead of accumulating them: of some leaves, or with graphs of their own.
-
-    Args:
-        roots: as of `_Local`, and so are ``grads``, ``leaves`` and ``wanted``.
-        grads: see ``roots``.
-        leaves: see ``roots``.
-        wanted: see ``roots``.
-        keep_graph: whether the graph may be walked again.
-    """
-
-    def __init__(
-        self,
-        roots: list[Root | None],
-        grads: list[Grad],
-        leaves: list[Grad],
-        wanted: list[bool],
-        keep_graph: bool,
-    ) -> None:
-        super().__init__(roots, grads, leaves, wanted)
-        self._keep_graph = keep_graph
+    """A backward that gives gradients instead of accumulating them: of some leaves, or with graphs of their own."""
 
     def __call__(self) -> list[Grad]:
         """Go backward; return each wanted leaf's gradient, with its graph where grad mode is on."""
