@@ -247,3 +247,80 @@ def test_a_forward_may_fill_an_empty_container_of_its_arguments(towers: int) -> 
     out = wrapped(batch(9), given, seen)
     assert_close(out["y"], plain(batch(9), {}, [])["y"])
     assert "y" in given and sum(seen) == 9 and seen == sorted(seen, reverse=True)
+
+
+class RemembersGradients(nn.Module):
+    """Keeps what Grad-CAM needs, by a tensor's hook, and counts by a module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.gradient: Tensor | None = None
+        self.seen = 0
+        self.second.register_full_backward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.seen += 1
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if hidden.requires_grad:
+            hidden.register_hook(self._keep)
+        return self.second(hidden).tanh()
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_the_main_towers_backward_assigns_to_attributes_is_kept(num_towers: int) -> None:
+    plain, wrapped = twins(RemembersGradients(), num_towers)
+    net = wrapped.module
+    x = batch(4 * num_towers)
+    for count in (1, 2, 3):
+        plain(x).sum().backward()
+        wrapped(x).sum().backward()
+        assert net.seen == plain.seen == count
+        assert_close(net.gradient, plain.gradient[:4])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_forward_counts_its_second_run_as_the_plain_module_does(use_reentrant: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Counting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=use_reentrant)
+
+    plain, wrapped = twins(Net(), 2)
+    for _ in range(2):
+        plain(batch(4, requires_grad=True)).sum().backward()
+        wrapped(batch(4, requires_grad=True)).sum().backward()
+        for name in ("calls", "in_place", "assigned", "table"):
+            assert getattr(wrapped.module.inner, name) == getattr(plain.inner, name)
+        assert len(wrapped.module.inner.log) == len(plain.inner.log)
+
+
+def test_an_attribute_that_the_user_changes_between_forward_and_backward_reaches_the_towers() -> None:
+    net = RemembersGradients().double()
+    wrapped = wrap(net, 2)
+    seen = []
+    net.second.scale = 1.0
+    net.second.register_forward_hook(lambda module, *_: seen.append(module.scale))
+    out = wrapped(batch(4))
+    net.second.scale = 2.0
+    out.sum().backward()
+    wrapped(batch(4))
+    assert seen == [1.0, 1.0, 2.0, 2.0] and net.seen == 1
+
+
+def test_gradients_with_a_graph_stay_with_the_towers() -> None:
+    net = RemembersGradients().double()
+    wrapped = wrap(net, 2)
+    x = batch(4).requires_grad_()
+    (gradient,) = torch.autograd.grad(wrapped(x).sum(), x, create_graph=True)
+    assert net.gradient is None and net.seen == 1
+    gradient.pow(2).sum().backward()
+    assert net.gradient is not None and net.gradient.grad_fn is None

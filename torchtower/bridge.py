@@ -63,6 +63,7 @@ class Family:
         buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
         streams: of the forward, on which its backwards work too.
+        on_backward: called after every backward, as long as the towers are there.
         synchronize: whether a backward reduces gradients, or has them kept back.
     """
 
@@ -74,6 +75,7 @@ class Family:
     buckets: list[list[int]]
     held: HeldGradients
     streams: Streams
+    on_backward: weakref.WeakMethod[Callable[[], None]]
     synchronize: bool = True
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
@@ -166,6 +168,8 @@ class Bridge:
             values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)
         else:
             values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
+        if (on_backward := family.on_backward()) is not None:
+            on_backward()
         if family.held and family.synchronize:
             kept = family.held.kept(parameters, accumulated)
             columns = list(zip(values, *kept, strict=False))

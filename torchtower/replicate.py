@@ -44,11 +44,11 @@ class Place(NamedTuple):
     kind: str  # "attributes", "structure" (of the above) or "container"
     target: Any  # the original's
     twin: Any  # the replica's
-    installed: Any  # what the replica's held before its forward
+    known: Any  # what the replica's held when `Replica.take_written` last looked, or when it was installed
 
 
 class Written(NamedTuple):
-    """Something that a forward of the main tower's replica left behind."""
+    """Something that the main tower's forward or backward left behind in its replica."""
 
     module: nn.Module  # the original's
     place: Place
@@ -234,13 +234,15 @@ class Replica:
                     targets.append(twin.data if before.get(id(buffer)) == version else twin)
                 copy_together(self._original.buffers, targets)
 
-    def written(self) -> list[Written]:
-        """What this replica's forward wrote into attributes and dicts, as values of the replica's world."""
+    def take_written(self) -> list[Written]:
+        """What this replica wrote into attributes and dicts since the last call, as values of the replica's world."""
         found = []
         for index in self._own.changed():
             module = self._original.modules[index]
             for place in self._places[id(module)]:
-                found += [Written(module, place, *change) for change in _differences(place.installed, place.twin)]
+                if changes := _differences(place.known, place.twin):
+                    found += [Written(module, place, *change) for change in changes]
+                    _set_contents(place.known, place.twin)
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
     def to_original(self) -> Translation:
@@ -253,17 +255,20 @@ class Replica:
 
 
 def write_back(written: Sequence[Written], translate: Translation) -> None:
-    """Do to the original what the main tower's forward did to its replica."""
+    """Do to the original what the main tower did to its replica."""
     for _, place, name, value in written:
         target = place.target
         if value is _DELETED:
             target.pop(name, None)
         elif name is None:
-            contents = translate(value)
-            target.clear()
-            (target.update if isinstance(target, set) else target.extend)(contents)
+            _set_contents(target, translate(value))
         else:
             target[name] = translate(value)
+
+
+def _set_contents(container: Any, contents: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
 
 
 def _places(module: nn.Module, twin: nn.Module) -> Iterator[Place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter
@@ -60,7 +61,7 @@ class Towers:
             for index, device in enumerate(devices)
         ]
         self._plan_parameters()
-        self._written: list[Written] = []
+        self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
         self._held = held
         self.synchronize = True
         # T towers that meet a compiled module at once would compile it T times.
@@ -166,10 +167,10 @@ class Towers:
             for replica in self._replicas:
                 replica.rebuild()
         else:
-            changes.extend(written.module for written in self._written)
+            changes.extend(self._written_to)
             for replica in self._replicas:
                 replica.follow(changes)
-        self._written = []
+        self._written_to = []
         stale = self._freshness.stale(is_training(self.module))
         for replica in self._replicas:
             replica.refresh_parameters(stale)
@@ -221,8 +222,8 @@ class Towers:
         outputs: list[list[Grad]],
     ) -> list[Grad]:
         """Connect the towers' outputs to the user's graph; takes over what the main tower's forward wrote."""
-        self._written = self._replicas[0].written()
-        left_behind = [(0, tensor) for tensor in _graph_tensors(self._written)]
+        written = self._replicas[0].take_written()
+        left_behind = [(0, tensor) for tensor in _graph_tensors(written)]
         kept = self._kept_outside(leaves)
         left_behind += [(tower, tensor) for _, tower, tensors in kept for tensor in tensors]
         ports = [*out_ports, *[Port("solo", tensor.device, tower=tower) for tower, tensor in left_behind]]
@@ -246,6 +247,7 @@ class Towers:
                 self._buckets,
                 self._held,
                 Streams(self.pool.devices),
+                weakref.WeakMethod(self._keep_what_backward_wrote),
                 self.synchronize,
             ),
             [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
@@ -255,7 +257,9 @@ class Towers:
         connected: dict[int, Any] = {
             id(local): main for (_, local), main in zip(left_behind, values[len(out_ports) :], strict=True)
         }
-        self._write_back(left_behind, connected)
+        self._write_back(written, connected)
+        if written and not any(map(_is_structural, written)):
+            self._original.remember()
         put_connected([slot for slot, _, _ in kept], connected)
         return values[: len(out_ports)]
 
@@ -289,15 +293,24 @@ class Towers:
                 kept.append((slot, min(towers), tensors))
         return kept
 
-    def _write_back(self, left_behind: list[tuple[int, Tensor]], connected: dict[int, Any]) -> None:
-        if not self._written:
+    def _write_back(self, written: list[Written], connected: dict[int, Any]) -> None:
+        """Let the original have what the main tower wrote; what has a graph, as it is connected to the user's."""
+        if not written:
             return
         translate = self._replicas[0].to_original()
-        for _, local in left_behind:
+        for local in _graph_tensors(written):
             translate.add(local, connected[id(local)])
-        write_back(self._written, translate)
-        if not any(map(_is_structural, self._written)):
-            self._original.remember()
+        write_back(written, translate)
+        self._written_to += [item.module for item in written]
+
+    def _keep_what_backward_wrote(self) -> None:
+        """Take over what hooks of the main tower have assigned in a backward, but for what has a graph of the tower's.
+
+        Nothing is taken for seen here: the user may have changed something, too, since the forward.
+        """
+        with self.pool.alone():
+            written = self._replicas[0].take_written()
+            self._write_back([item for item in written if not _graph_tensors([item])], {})
 
 
 class _MisplacedModuleError(ValueError, RuntimeError):
