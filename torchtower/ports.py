@@ -69,7 +69,8 @@ def join(
                 results[index] = _join_rows(port, column, weights)
             elif (value := column[port.tower]) is not None:
                 results[index] = without_graph(value)
-        sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place)
+        # A call for nothing costs as much as joining a small output.
+        sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place) if shared else []
         for index, total in zip(shared, sums, strict=True):
             device = ports[index].device
             results[index] = total if total is None or total.device == device else move(total, device)
