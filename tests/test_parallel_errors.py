@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -67,6 +69,7 @@ ERRORS: list[Callable[[], BaseException]] = [
     lambda: OwnError(7, detail="told to fail"),
     lambda: StopIteration("told to fail"),
     lambda: AssertionError("told to fail"),
+    lambda: ImportError("told to fail"),
 ]
 
 
@@ -316,3 +319,38 @@ def test_a_loss_of_the_module_itself_in_place_of_its_replica_is_refused(num_towe
 
     wrapped.tower_loss(right, batch(8)).backward()
     wrapped.tower_loss(lambda replica, x: replica(x).sum() + wrapped(x).sum(), batch(8)).backward()
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Refuses whatever is added to it."""
+
+    message: str
+
+
+class MisprintedError(Exception):
+    def __str__(self) -> str:
+        return "{} at {}".format(*self.args)
+
+
+@pytest.mark.parametrize("error", [FrozenError("told to fail"), MisprintedError("alone")])
+def test_an_error_that_nothing_can_be_added_to_is_raised_as_it_is(error: Exception) -> None:
+    net = Failing("forward", error).double()
+    wrapped = wrap(net, 2)
+    with pytest.raises(type(error)) as caught:
+        run(wrapped)
+    assert caught.value is error
+    net.plan["armed"] = False
+    done = threading.Thread(target=run, args=(wrapped,), daemon=True)
+    done.start()
+    done.join(timeout=30)
+    assert not done.is_alive()
+
+
+def test_a_module_on_another_device_is_refused_at_every_call() -> None:
+    wrapped = wrap(nn.Linear(3, 2), 2)
+    wrapped(torch.ones(4, 3))
+    wrapped.to("meta")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="on device: meta"):
+            wrapped(torch.ones(4, 3))

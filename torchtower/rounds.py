@@ -175,8 +175,8 @@ class Round:
             if self._interrupt is None:
                 self.results[tower_index] = job()
         except BaseException as error:
-            _add_words(error, words)
             self.errors[tower_index] = error
+            _add_words(error, words)
         finally:
             _local.round = None
             self._finished.append(tower_index)
@@ -192,8 +192,15 @@ class Round:
 
 
 def _add_words(error: BaseException, words: str) -> None:
-    if len(error.args) == 1 and isinstance(error.args[0], str) and str(error) == error.args[0]:
-        if words not in error.args[0]:
-            error.args = (f"{error.args[0]} ({words})",)
-    elif hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(words)
+    try:
+        text = str(error)
+        if words in text:
+            return
+        if len(error.args) == 1 and error.args[0] == text:
+            error.args = (f"{text} ({words})",)
+            if isinstance(error, ImportError):
+                error.msg = error.args[0]
+        elif hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(words)
+    except Exception:
+        pass  # an exception that cannot be added to, or has no words (a __str__ that fails), is raised as it is
