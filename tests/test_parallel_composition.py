@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from tests.helpers import (
@@ -257,3 +258,12 @@ def test_a_wrapper_that_has_run_by_itself_may_stand_in_a_wrapped_module(towers: 
     plain(batch(5)).square().mean().backward()
     for mine, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
         assert_close(mine.grad, expected.grad)
+
+
+def test_shapes_may_be_tried_with_fake_tensors_before_the_first_call() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert wrapped(batch(5)).shape == (5, 2)
+    for net in (plain, wrapped):
+        net(batch(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)

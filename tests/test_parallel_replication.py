@@ -563,3 +563,22 @@ def test_replicas_do_not_pass_for_those_of_nn_data_parallel() -> None:
             return self.fc(x)
 
     wrap(Net().double(), 2)(batch(4))
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_attributes_of_parameters_and_buffers_are_the_originals_at_any_time(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.register_buffer("offset", torch.zeros(3))
+            self.weight.scale, self.offset.scale = 1.0, 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight * self.weight.scale + (1 + self.offset) * self.offset.scale
+
+    plain, wrapped = twins(Net(), num_towers)
+    for factor in (1.0, 3.0):
+        for net in (plain, wrapped.module):
+            net.weight.scale, net.offset.scale = factor, -factor
+        assert torch.equal(wrapped(batch(6)), plain(batch(6)))

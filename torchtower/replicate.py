@@ -109,7 +109,7 @@ class Replica:
         for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
             self._to_replica.add(buffer, twin)
             if twin is not buffer:
-                twin.__dict__.update(buffer.__dict__)
+                twin.__dict__ = buffer.__dict__  # shared: attributes of tensors may change at any time
         for module in self._original.modules:
             self._install(module)
         self._watch_own()
@@ -316,7 +316,7 @@ def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
     leaf = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
     if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
         leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
-    leaf.__dict__.update(parameter.__dict__)
+    leaf.__dict__ = parameter.__dict__  # shared: attributes of tensors may change at any time
     return leaf
 
 

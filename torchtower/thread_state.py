@@ -43,7 +43,7 @@ untraced: Any = vars(torch)["_disable_dynamo"]
 
 
 def transforming() -> bool:
-    """Whether a program is being traced or exported, or a transform or forward-mode derivative is under way.
+    """Whether a program is being traced, exported or run with fake tensors, or a transform or forward AD is under way.
 
     No other thread can take part then.
     """
@@ -53,6 +53,7 @@ def transforming() -> bool:
         or _C._is_tracing()
         or torch.compiler.is_exporting()
         or _symbolic_trace._is_fx_tracing_flag
+        or _C._get_dispatch_mode(_C._TorchDispatchModeKey.FAKE) is not None
     )
 
 
