@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_same_gradients, batch, mlp, twins
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins
 from tests.modules import Scaled
 from torchtower import TowerParallel
 
@@ -259,3 +261,61 @@ def test_cached_parametrizations_are_computed_by_each_tower(num_towers: int) -> 
                 (module(batch(7)).sum() + module(batch(7, seed=1)).square().sum()).backward()
                 assert parametrize._cache_enabled == 1
         assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("how", ["backward", "create_graph", "grad"])
+def test_a_parameter_frozen_for_another_forward_and_thawed_again_has_gradients(how: str) -> None:
+    """As a GAN does with its discriminator."""
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        loss = net(batch(5)).square().sum()
+        net.requires_grad_(False)
+        net(batch(5, requires_grad=True))
+        net.requires_grad_(True)
+        parameters = list(net.parameters())
+        if how == "backward":
+            loss.backward()
+        else:
+            grads = torch.autograd.grad(loss, parameters, create_graph=how == "create_graph")
+            if how == "create_graph":
+                sum(grad.square().sum() for grad in grads).backward()
+            else:
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    parameter.grad = grad
+    assert_same_gradients(wrapped, plain)
+
+
+def in_place_first() -> nn.Module:
+    return nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_an_input_that_a_forward_writes_into_is_in_the_graph_as_in_the_plain_module(num_towers: int) -> None:
+    plain, wrapped = twins(in_place_first(), num_towers)
+    found = []
+    for net in (plain, wrapped):
+        x = batch(6, requires_grad=True)
+        hidden = x * 3
+        loss = (net(hidden) * hidden).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        grad.square().sum().backward()
+        found.append((hidden.detach(), grad.detach(), x.grad))
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected)
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_leaf_that_a_forward_writes_into_is_refused_as_by_the_plain_module() -> None:
+    for net in twins(in_place_first(), 2):
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place"):
+            net(batch(4, requires_grad=True))
+
+
+def test_an_input_that_a_forward_writes_into_dies_with_its_graph() -> None:
+    _, wrapped = twins(in_place_first(), 2)
+    hidden = batch(4, requires_grad=True) * 3
+    out = wrapped(hidden)
+    reference = weakref.ref(hidden)
+    del hidden, out
+    gc.collect()
+    assert reference() is None

@@ -267,3 +267,28 @@ def test_expanded_and_shared_gradients_are_not_written_over_one_another() -> Non
     assert_same_gradients(wrapped, plain)
     a, b = wrapped.module.a.grad, wrapped.module.b.grad
     assert a.data_ptr() != b.data_ptr()
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.uses_both = nn.Linear(3, 2), nn.Linear(3, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.always(x) + (self.sometimes(x) if self.uses_both else 0)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_hooks_of_parameters_that_no_tower_has_used_are_not_called(num_towers: int) -> None:
+    plain, wrapped = twins(Conditional(), num_towers)
+    calls: dict[nn.Module, list[str]] = {plain: [], wrapped.module: []}
+    for net, called in calls.items():
+        for name, parameter in net.named_parameters():
+            parameter.register_hook(lambda grad, name=name, called=called: called.append(name) or grad * 0.5)
+        net.sometimes.bias.register_post_accumulate_grad_hook(lambda p, called=called: called.append("accumulated"))
+    for uses_both in (False, True, False):
+        for net in (plain, wrapped):
+            (net if net is plain else net.module).uses_both = uses_both
+            net(batch(6)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+        assert sorted(calls[wrapped.module]) == sorted(calls[plain])

@@ -101,13 +101,20 @@ class Bridge:
         family: the forward that it belongs to.
         in_ports: of its inputs.
         local_inputs: tower-major leaves; None where a tower has none.
+        requires_grad: which of them the local graphs lead to.
     """
 
-    def __init__(self, family: Family, in_ports: Sequence[Port], local_inputs: list[list[Grad]]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        in_ports: Sequence[Port],
+        local_inputs: list[list[Grad]],
+        requires_grad: list[list[bool]],
+    ) -> None:
         self._family = family
         self._in_ports = list(in_ports)
         self._inputs = local_inputs
-        self._requires_grad = [[leaf is not None and leaf.requires_grad for leaf in leaves] for leaves in local_inputs]
+        self._requires_grad = requires_grad
         self._out_ports: list[Port] = []
         self._roots: list[list[Root | None]] | None = None
         family.bridges.append(weakref.ref(self))
@@ -252,6 +259,7 @@ class Bridge:
             self._family,
             [*self._in_ports, *[self._out_ports[i] for i in given]],
             [[*a, *b] for a, b in zip(self._inputs, cotangents, strict=True)],
+            [[*a, *requires_grad(b)] for a, b in zip(self._requires_grad, cotangents, strict=True)],
         )
         local = self._family.pool.run(jobs, weights=self._family.weights)
         return second.connect([*main_inputs, *main_grads], self._in_ports, local)
@@ -291,6 +299,11 @@ def _at(part: Grad, root: Root | None) -> Grad:
 
 def _leaf(part: Grad, main: Tensor) -> Any:
     return None if part is None else part.detach().requires_grad_(main.requires_grad)
+
+
+def requires_grad(leaves: Sequence[Grad]) -> list[bool]:
+    """Of each leaf whether it does now."""
+    return [leaf is not None and leaf.requires_grad for leaf in leaves]
 
 
 def _sender(collection: Collection | None, tower: int, leaves: list[Grad]) -> Sender | None:

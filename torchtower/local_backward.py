@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,18 @@ class _Local:
         self._wanted = wanted
         self._keep_graph = keep_graph
 
+    @contextmanager
+    def _requiring_grad(self, flags: list[bool]) -> Iterator[None]:
+        """Within this context leaves have these flags; the user may have frozen or thawed parameters since."""
+        leaves = [leaf for leaf in self._leaves if leaf is not None]
+        now = [leaf.requires_grad for leaf in leaves]
+        then = [flag for leaf, flag in zip(self._leaves, flags, strict=True) if leaf is not None]
+        try:
+            _set_requires_grad(leaves, now, then)
+            yield
+        finally:
+            _set_requires_grad(leaves, then, now)
+
 
 class LocalBackward(_Local):
     """A first-order backward, into the tower's leaves.
@@ -84,22 +96,17 @@ class LocalBackward(_Local):
         if not self._pairs:
             return [None] * len(self._leaves)
         roots, grads = zip(*self._pairs, strict=True)
-        leaves = [leaf for leaf in self._leaves if leaf is not None]
-        # The flags of this forward; the user may have frozen or thawed parameters since.
-        now = [leaf.requires_grad for leaf in leaves]
-        then = [f for leaf, f in zip(self._leaves, self._wanted, strict=True) if leaf is not None]
         # The node runs in the engine's thread of the main device; with that engine's threads the main tower's graph
         # would wait for the very thread that waits for it.
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(False), self._requiring_grad(self._wanted):
             try:
-                _set_requires_grad(leaves, now, then)
                 with nullcontext() if self._sender is None else self._sender.watching():
                     torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
                 return [None if leaf is None else leaf.grad for leaf in self._leaves]
             finally:
-                for leaf in leaves:
-                    leaf.grad = None
-                _set_requires_grad(leaves, then, now)
+                for leaf in self._leaves:
+                    if leaf is not None:
+                        leaf.grad = None
 
 
 class LocalGrad(_Local):
@@ -108,14 +115,12 @@ class LocalGrad(_Local):
     def __call__(self) -> list[Grad]:
         """Go backward; return each wanted leaf's gradient, with its graph where grad mode is on."""
         results: list[Grad] = [None] * len(self._leaves)
-        wanted = {  # what has been frozen since the forward gets none, as in the plain module
-            index: leaf
-            for index, (leaf, flag) in enumerate(zip(self._leaves, self._wanted, strict=True))
-            if flag and leaf is not None and leaf.requires_grad
-        }
+        pairs = list(enumerate(zip(self._leaves, self._wanted, strict=True)))
+        wanted = {index: leaf for index, (leaf, flag) in pairs if flag and leaf is not None}
         if self._pairs and wanted:
             roots, grads = zip(*self._pairs, strict=True)
-            with torch.autograd.set_multithreading_enabled(False):
+            flags = [flag or (leaf is not None and leaf.requires_grad) for _, (leaf, flag) in pairs]
+            with torch.autograd.set_multithreading_enabled(False), self._requiring_grad(flags):
                 found = torch.autograd.grad(
                     roots,
                     list(wanted.values()),
@@ -133,6 +138,11 @@ def writable(leaf: Tensor) -> Tensor:
     """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
     result: Tensor = _Writable.apply(leaf)  # type: ignore[no-untyped-call]
     return result
+
+
+def is_untouched(tensor: Tensor) -> bool:
+    """Whether what `writable` returned has been written into by nothing that autograd knows of."""
+    return type(tensor.grad_fn).__name__ == "_WritableBackward"
 
 
 class _Writable(torch.autograd.Function):

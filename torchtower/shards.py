@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchtower.devices import move
-from torchtower.local_backward import writable
+from torchtower.local_backward import is_untouched, writable
 from torchtower.ports import Port
 from torchtower.scatter_gather import Splits, map_tensors, plan_splits, tensors_in
 
@@ -41,6 +41,7 @@ class Shards:
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
+        self._handed: list[dict[int, Tensor]] = [{} for _ in self.splits.rows]  # what needs gradients, by its port
         self._empty: list[list[tuple[Any, Any]]] = [[] for _ in self.splits.rows]  # the batch's, and the tower's own
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
@@ -76,7 +77,7 @@ class Shards:
                 part = move(part.detach(), device)
                 if (port := self._port_of.get(id(tensor))) is not None:
                     leaves[port] = part.requires_grad_()
-                    part = writable(part)
+                    part = self._handed[tower][port] = writable(part)
                 taken[id(tensor)] = part
             return taken[id(tensor)]
 
@@ -88,6 +89,15 @@ class Shards:
             return own
 
         return map_tensors(take_tensor, self._batch, take_empty), leaves
+
+    def overwritten(self) -> list[tuple[int, list[Tensor | None]]]:
+        """Of which `ports` a forward has written into the rows, with autograd on; and what each tower has there now."""
+        found: list[tuple[int, list[Tensor | None]]] = []
+        for index, port in enumerate(self.ports):
+            parts = [handed.get(index) for handed in self._handed]
+            if port.kind == "rows" and not all(part is None or is_untouched(part) for part in parts):
+                found.append((index, parts))
+        return found
 
     def pass_on_contents(self) -> None:
         """Put what a forward has put into empty lists and dicts of the batch into the caller's, in tower order."""

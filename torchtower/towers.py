@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
-from torchtower.bridge import Bridge, Family
+from torchtower.bridge import Bridge, Family, requires_grad
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import leaves_of, towers_behind
+from torchtower.local_backward import leaves_of, towers_behind, writable
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.ports import Port
@@ -61,6 +61,7 @@ class Towers:
             for index, device in enumerate(devices)
         ]
         self._plan_parameters()
+        self._is_following = False
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
         self._held = held
         self.synchronize = True
@@ -159,6 +160,15 @@ class Towers:
                 parameter.grad = total if parameter.grad is None else parameter.grad + total
 
     def _follow(self) -> None:
+        """Let the replicas be as the module is now; what an error or an interrupt has broken off is begun anew."""
+        if self._is_following:
+            self._original.forget()
+            self.refresh()
+        self._is_following = True
+        self._follow_changes()
+        self._is_following = False
+
+    def _follow_changes(self) -> None:
         changes = self._original.changes()
         if changes is None:
             self._check_device()
@@ -226,11 +236,24 @@ class Towers:
         left_behind = [(0, tensor) for tensor in _graph_tensors(written)]
         kept = self._kept_outside(leaves)
         left_behind += [(tower, tensor) for _, tower, tensors in kept for tensor in tensors]
-        ports = [*out_ports, *[Port("solo", tensor.device, tower=tower) for tower, tensor in left_behind]]
+        # Rows that are weighted on the way back would be the user's only in part.
+        overwritten = shards.overwritten() if set(weights) == {1.0} else []
+        ports = [
+            *out_ports,
+            *[Port("solo", tensor.device, tower=tower) for tower, tensor in left_behind],
+            *[shards.ports[index] for index, _ in overwritten],
+        ]
         local_outputs: list[list[Grad]] = [
-            [*own, *[tensor if tower == index else None for tower, tensor in left_behind]]
+            [
+                *own,
+                *[tensor if tower == index else None for tower, tensor in left_behind],
+                *[parts[index] for _, parts in overwritten],
+            ]
             for index, own in enumerate(outputs)
         ]
+        main_inputs = list(shards.main_inputs)
+        for index, _ in overwritten:  # the bridge keeps hold of what they were
+            main_inputs[index] = writable(main_inputs[index])
         parameters = self._original.parameters
         linked, link_leaves = self._used_links(local_outputs)
         local_inputs = [
@@ -252,16 +275,34 @@ class Towers:
             ),
             [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
             local_inputs,
+            list(map(requires_grad, local_inputs)),
         )
-        values = bridge.connect([*parameters, *linked, *shards.main_inputs], ports, local_outputs)
+        values = bridge.connect([*self._to_reach(local_outputs), *linked, *main_inputs], ports, local_outputs)
+        begin = len(out_ports)
+        end = begin + len(left_behind)
         connected: dict[int, Any] = {
-            id(local): main for (_, local), main in zip(left_behind, values[len(out_ports) :], strict=True)
+            id(local): main for (_, local), main in zip(left_behind, values[begin:end], strict=True)
         }
+        for (index, _), value in zip(overwritten, values[end:], strict=True):
+            _overwrite(shards.main_inputs[index], value)
         self._write_back(written, connected)
         if written and not any(map(_is_structural, written)):
             self._original.remember()
         put_connected([slot for slot, _, _ in kept], connected)
         return values[: len(out_ports)]
+
+    def _to_reach(self, local_outputs: list[list[Grad]]) -> list[Tensor]:
+        """The parameters, with a stand-in for each that has hooks and that no tower has used.
+
+        From a node's input without a gradient the engine would call these hooks with None.
+        """
+        parameters = self._original.parameters
+        hooked = [i for i, p in enumerate(parameters) if p._backward_hooks or p._post_accumulate_grad_hooks]
+        if not hooked or self._held or not self.synchronize:  # what is kept back goes to parameters unused here, too
+            return parameters
+        used = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
+        unused = {i for i in hooked if not any(id(replica.leaves[i]) in used for replica in self._replicas)}
+        return [p.detach() if i in unused else p for i, p in enumerate(parameters)]
 
     def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Grad]]]:
         """The tensors with a graph, in attributes, that some tower has used; and their leaves, tower-major."""
@@ -342,6 +383,14 @@ class ForwardResult:
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph."""
         return self._towers.bridge(self._shards, weights, self._leaves, ports, outputs)
+
+
+def _overwrite(tensor: Tensor, value: Grad) -> None:
+    """Let the caller's tensor be in the graph where the towers wrote into it, as in the plain module."""
+    assert value is not None
+    autograd: Any = torch.autograd
+    with torch.enable_grad(), autograd._unsafe_preserve_version_counter(tensor):  # the write has been counted already
+        tensor.copy_(value)
 
 
 def _graph_tensors(written: Sequence[Written]) -> list[Tensor]:

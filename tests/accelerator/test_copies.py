@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.accelerator.towers import assert_same_values, device, mlp, rows, twins
 from torchtower import TowerParallel
@@ -330,3 +333,34 @@ def test_gradients_on_the_main_device_are_never_held_once_a_tower(simulated: typ
     own = 2 * model_bytes  # the main tower's gradients and the reduced ones
     buckets = 3 * 2 * 29 * 2**20  # a bucket and its flat copy for each of the others
     assert simulated.max_memory_allocated(0) - before < own + buckets
+
+
+@pytest.mark.parametrize("num_before", range(8))
+def test_a_call_that_fails_while_replicas_are_brought_up_to_date_leaves_none_behind(num_before: int) -> None:
+    """Out of memory, then a smaller batch."""
+
+    class FullDevice(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_left = num_before
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.cat, torch.ops.aten.copy_):
+                self.num_left -= 1
+                if self.num_left == -1:
+                    raise torch.OutOfMemoryError("told to fail")
+            return func(*args, **(kwargs or {}))
+
+    plain, wrapped = twins(mlp(), [0, 1])
+    for net in (plain, wrapped):
+        net(rows(6)).sum().backward()
+        torch.optim.SGD(net.parameters(), lr=0.5).step()
+    head = nn.Linear(5, 2).double()
+    plain[2] = head
+    wrapped.module[2] = copy.deepcopy(head).to(device(0))
+    try:
+        with FullDevice():
+            wrapped(rows(6))
+    except torch.OutOfMemoryError:
+        pass
+    assert_same_values(wrapped(rows(4)), plain(rows(4)))
