@@ -17,13 +17,11 @@ from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import leaves_of, towers_behind, writable
+from torchtower.left_behind import LeftBehind, keep_what_backward_wrote
+from torchtower.local_backward import leaves_of, writable
 from torchtower.original import Original
-from torchtower.outside import Slot, put_connected
 from torchtower.ports import Port
-from torchtower.replicate import Replica, Written, write_back
-from torchtower.rewrite import container_of
-from torchtower.scatter_gather import tensors_in
+from torchtower.replicate import Replica
 from torchtower.scripted import is_training
 from torchtower.shards import Shards
 from torchtower.streams import Streams
@@ -232,24 +230,17 @@ class Towers:
         outputs: list[list[Grad]],
     ) -> list[Grad]:
         """Connect the towers' outputs to the user's graph; takes over what the main tower's forward wrote."""
-        written = self._replicas[0].take_written()
-        left_behind = [(0, tensor) for tensor in _graph_tensors(written)]
-        kept = self._kept_outside(leaves)
-        left_behind += [(tower, tensor) for _, tower, tensors in kept for tensor in tensors]
+        left_behind = LeftBehind(self._original, self._replicas, leaves)
         # Rows that are weighted on the way back would be the user's only in part.
         overwritten = shards.overwritten() if set(weights) == {1.0} else []
         ports = [
             *out_ports,
-            *[Port("solo", tensor.device, tower=tower) for tower, tensor in left_behind],
+            *left_behind.ports(),
             *[shards.ports[index] for index, _ in overwritten],
         ]
         local_outputs: list[list[Grad]] = [
-            [
-                *own,
-                *[tensor if tower == index else None for tower, tensor in left_behind],
-                *[parts[index] for _, parts in overwritten],
-            ]
-            for index, own in enumerate(outputs)
+            [*own, *left_behind.outputs_of(tower), *[parts[tower] for _, parts in overwritten]]
+            for tower, own in enumerate(outputs)
         ]
         main_inputs = list(shards.main_inputs)
         for index, _ in overwritten:  # the bridge keeps hold of what they were
@@ -278,18 +269,11 @@ class Towers:
             list(map(requires_grad, local_inputs)),
         )
         values = bridge.connect([*self._to_reach(local_outputs), *linked, *main_inputs], ports, local_outputs)
-        begin = len(out_ports)
-        end = begin + len(left_behind)
-        connected: dict[int, Any] = {
-            id(local): main for (_, local), main in zip(left_behind, values[begin:end], strict=True)
-        }
+        begin, end = len(out_ports), len(ports) - len(overwritten)
         for (index, _), value in zip(overwritten, values[end:], strict=True):
             _overwrite(shards.main_inputs[index], value)
-        self._write_back(written, connected)
-        if written and not any(map(_is_structural, written)):
-            self._original.remember()
-        put_connected([slot for slot, _, _ in kept], connected)
-        return values[: len(out_ports)]
+        self._written_to += left_behind.put(values[begin:end])
+        return values[:begin]
 
     def _to_reach(self, local_outputs: list[list[Grad]]) -> list[Tensor]:
         """The parameters, with a stand-in for each that has hooks and that no tower has used.
@@ -316,42 +300,9 @@ class Towers:
         leaves: list[list[Grad]] = [[column[tower] for _, column in used] for tower in range(len(local_outputs))]
         return [source for source, _ in used], leaves
 
-    def _kept_outside(self, leaves: list[list[Grad]]) -> list[tuple[Slot, int, list[Tensor]]]:
-        """What hooks have kept outside of the module: where, of which tower, which tensors."""
-        found = self._original.outside.new()
-        if not found:
-            return []
-        tower_of = {
-            id(leaf): tower
-            for tower, (replica, own) in enumerate(zip(self._replicas, leaves, strict=False))
-            for leaf in (*replica.leaves, *[link.leaf for link in replica.links()], *own)
-        }
-        kept = []
-        known: dict[Any, set[int]] = {}
-        for slot, tensors in found:
-            towers = towers_behind(tensors, tower_of, known)
-            if len(towers) == 1:
-                kept.append((slot, min(towers), tensors))
-        return kept
-
-    def _write_back(self, written: list[Written], connected: dict[int, Any]) -> None:
-        """Let the original have what the main tower wrote; what has a graph, as it is connected to the user's."""
-        if not written:
-            return
-        translate = self._replicas[0].to_original()
-        for local in _graph_tensors(written):
-            translate.add(local, connected[id(local)])
-        write_back(written, translate)
-        self._written_to += [item.module for item in written]
-
     def _keep_what_backward_wrote(self) -> None:
-        """Take over what hooks of the main tower have assigned in a backward, but for what has a graph of the tower's.
-
-        Nothing is taken for seen here: the user may have changed something, too, since the forward.
-        """
         with self.pool.alone():
-            written = self._replicas[0].take_written()
-            self._write_back([item for item in written if not _graph_tensors([item])], {})
+            self._written_to += keep_what_backward_wrote(self._replicas[0])
 
 
 class _MisplacedModuleError(ValueError, RuntimeError):
@@ -391,19 +342,6 @@ def _overwrite(tensor: Tensor, value: Grad) -> None:
     autograd: Any = torch.autograd
     with torch.enable_grad(), autograd._unsafe_preserve_version_counter(tensor):  # the write has been counted already
         tensor.copy_(value)
-
-
-def _graph_tensors(written: Sequence[Written]) -> list[Tensor]:
-    tensors = tensors_in([item.value for item in written])
-    return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
-
-
-def _is_structural(written: Written) -> bool:
-    """Whether the replicas must be made anew: they would share what they do not know."""
-    values = written.value if written.name is None else [written.value]
-    return written.place.kind == "structure" or any(
-        isinstance(value, nn.Module) or container_of(value) is not None for value in values
-    )
 
 
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:

@@ -1,0 +1,117 @@
+"""What towers leave behind beside their outputs: in attributes of the module, and where hooks keep it.
+
+Of attributes the main tower's are kept, of what hooks keep every tower's. What has a graph crosses the bridge like an
+output of its tower, and it is what came out there that the user finds in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchtower.averaging import Grad
+from torchtower.local_backward import towers_behind
+from torchtower.original import Original
+from torchtower.outside import Slot, put_connected
+from torchtower.ports import Port
+from torchtower.replicate import Replica, Written, write_back
+from torchtower.rewrite import container_of
+from torchtower.scatter_gather import tensors_in
+
+
+class LeftBehind:
+    """What one forward has left.
+
+    Args:
+        original: what the replicas follow.
+        replicas: one a tower.
+        leaves: the shards' leaves, tower-major.
+    """
+
+    def __init__(self, original: Original, replicas: Sequence[Replica], leaves: list[list[Grad]]) -> None:
+        self._original = original
+        self._main = replicas[0]
+        self._written = self._main.take_written()
+        self._kept = _kept_outside(original, replicas, leaves)
+        self._tensors = [(0, tensor) for tensor in _with_graph(self._written)]
+        self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
+
+    def ports(self) -> list[Port]:
+        """Of the tensors that have a graph."""
+        return [Port("solo", tensor.device, tower=tower) for tower, tensor in self._tensors]
+
+    def outputs_of(self, tower: int) -> list[Grad]:
+        """These tensors, None where another tower's."""
+        return [tensor if owner == tower else None for owner, tensor in self._tensors]
+
+    def put(self, values: Sequence[Grad]) -> list[nn.Module]:
+        """Put everything where the user finds it.
+
+        Args:
+            values: what the tensors of `ports` are in the user's graph.
+
+        Returns:
+            The modules that were written to.
+        """
+        connected: dict[int, Any] = {id(local): main for (_, local), main in zip(self._tensors, values, strict=True)}
+        modules = _write_to_original(self._main, self._written, connected)
+        if modules and not any(map(_is_structural, self._written)):
+            self._original.remember()
+        put_connected([slot for slot, _, _ in self._kept], connected)
+        return modules
+
+
+def keep_what_backward_wrote(main: Replica) -> list[nn.Module]:
+    """Take over what hooks of the main tower have assigned in a backward, but for what has a graph of the tower's.
+
+    Nothing is taken for seen here: the user may have changed something, too, since the forward.
+
+    Returns:
+        The modules that were written to.
+    """
+    return _write_to_original(main, [item for item in main.take_written() if not _with_graph([item])], {})
+
+
+def _write_to_original(main: Replica, written: list[Written], connected: dict[int, Any]) -> list[nn.Module]:
+    if written:
+        translate = main.to_original()
+        for local in _with_graph(written):
+            translate.add(local, connected[id(local)])
+        write_back(written, translate)
+    return [item.module for item in written]
+
+
+def _kept_outside(
+    original: Original, replicas: Sequence[Replica], leaves: list[list[Grad]]
+) -> list[tuple[Slot, int, list[Tensor]]]:
+    """What hooks have kept outside of the module: where, of which tower, which tensors."""
+    found = original.outside.new()
+    if not found:
+        return []
+    tower_of = {
+        id(leaf): tower
+        for tower, (replica, own) in enumerate(zip(replicas, leaves, strict=False))
+        for leaf in (*replica.leaves, *[link.leaf for link in replica.links()], *own)
+    }
+    kept = []
+    known: dict[Any, set[int]] = {}
+    for slot, tensors in found:
+        towers = towers_behind(tensors, tower_of, known)
+        if len(towers) == 1:
+            kept.append((slot, min(towers), tensors))
+    return kept
+
+
+def _with_graph(written: Sequence[Written]) -> list[Tensor]:
+    tensors = tensors_in([item.value for item in written])
+    return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
+
+
+def _is_structural(written: Written) -> bool:
+    """Whether the replicas must be made anew: they would share what they do not know."""
+    values = written.value if written.name is None else [written.value]
+    return written.place.kind == "structure" or any(
+        isinstance(value, nn.Module) or container_of(value) is not None for value in values
+    )
