@@ -292,3 +292,21 @@ def test_hooks_of_parameters_that_no_tower_has_used_are_not_called(num_towers: i
             net(batch(6)).square().sum().backward()
         assert_same_gradients(wrapped, plain)
         assert sorted(calls[wrapped.module]) == sorted(calls[plain])
+
+
+def test_hooks_that_expect_a_gradient_do_not_fail_within_no_sync() -> None:
+    def clamp(parameter: Tensor) -> None:
+        parameter.grad.clamp_(-100, 100)
+
+    plain, wrapped = twins(Conditional(), 2)
+    for net in (plain, wrapped):
+        for parameter in net.parameters():
+            parameter.register_hook(lambda grad: grad * 0.5)
+            parameter.register_post_accumulate_grad_hook(clamp)
+    with wrapped.no_sync():
+        wrapped(batch(6)).square().sum().backward()
+    wrapped(batch(6, seed=1)).square().sum().backward()
+    for seed in (0, 1):
+        plain(batch(6, seed=seed)).square().sum().backward()
+    assert_same_gradients(wrapped.module.always, plain.always)
+    assert not wrapped.module.sometimes.weight.grad.any()

@@ -183,6 +183,9 @@ class Bridge:
             sums = weighted_sum(columns, [1.0] * (1 + len(kept)), in_place=not torch.is_grad_enabled())
             values[: len(parameters)] = sums
             family.held.release(parameters, accumulated)
+        for index, (parameter, is_accumulated) in enumerate(zip(parameters, accumulated, strict=False)):
+            if values[index] is None and is_accumulated and has_hooks(parameter):
+                values[index] = torch.zeros_like(parameter)  # the hooks of what is kept back, or has none
         if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):
             family.aliases.forget()  # no graph has saved anything any more
         return values
@@ -299,6 +302,12 @@ def _at(part: Grad, root: Root | None) -> Grad:
 
 def _leaf(part: Grad, main: Tensor) -> Any:
     return None if part is None else part.detach().requires_grad_(main.requires_grad)
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether hooks see its gradients: where a node has none for it, the engine calls them with None."""
+    hooked: Any = parameter
+    return bool(hooked._backward_hooks or hooked._post_accumulate_grad_hooks)
 
 
 def requires_grad(leaves: Sequence[Grad]) -> list[bool]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
-from torchtower.bridge import Bridge, Family, requires_grad
+from torchtower.bridge import Bridge, Family, has_hooks, requires_grad
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
@@ -278,10 +278,10 @@ class Towers:
     def _to_reach(self, local_outputs: list[list[Grad]]) -> list[Tensor]:
         """The parameters, with a stand-in for each that has hooks and that no tower has used.
 
-        From a node's input without a gradient the engine would call these hooks with None.
+        There the hooks would be called with None, see `has_hooks`.
         """
         parameters = self._original.parameters
-        hooked = [i for i, p in enumerate(parameters) if p._backward_hooks or p._post_accumulate_grad_hooks]
+        hooked = [index for index, parameter in enumerate(parameters) if has_hooks(parameter)]
         if not hooked or self._held or not self.synchronize:  # what is kept back goes to parameters unused here, too
             return parameters
         used = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
