@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
@@ -52,7 +52,7 @@ def transforming() -> bool:
         or forward_ad._current_level >= 0
         or _C._is_tracing()
         or torch.compiler.is_exporting()
-        or _symbolic_trace._is_fx_tracing_flag
+        or is_fx_symbolic_tracing()
         or _C._get_dispatch_mode(_C._TorchDispatchModeKey.FAKE) is not None
     )
 
