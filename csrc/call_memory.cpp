@@ -1,5 +1,5 @@
 // Where a call's tensors lie: overlaps, and copies where layouts differ.
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "checks.h"
 
@@ -11,10 +11,10 @@ const void* Call::as_laid_out(const TensorView& grad, const TensorView& layout) 
     const StrideVector strides(layout.strides, layout.strides + layout.dim);
     temporaries_.push_back(empty_strided_like(grad, strides));
     source = temporaries_.back().get();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(source, grad.handle, 0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(source, grad.handle, 0));
   }
   const void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(source, &data));
+  TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(source, &data));
   return data;
 }
 
@@ -69,7 +69,7 @@ void Call::finish() {
   const NoGradGuard no_grad;
   for (int64_t p = 0; p < num_parameters(); ++p) {
     if (layouts_[p].handle == out_views_[p].handle) continue;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out_views_[p].handle, layouts_[p].handle, 0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out_views_[p].handle, layouts_[p].handle, 0));
   }
 }
 

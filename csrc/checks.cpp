@@ -1,6 +1,6 @@
 #include "checks.h"
 
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <sstream>
 #include <stdexcept>
@@ -15,14 +15,14 @@ namespace {
 std::vector<double> take_doubles(StableIValue argument) {
   const auto list = torch::stable::detail::to<StableListHandle>(argument);
   size_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   std::vector<double> doubles(size);
   for (size_t i = 0; i < size; ++i) {
     StableIValue element = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
     doubles[i] = torch::stable::detail::to<double>(element);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   return doubles;
 }
 
@@ -80,7 +80,7 @@ void Call::read_outputs() {
     // Every output's pointer is taken before any gradient's: asking for a writable pointer gives a
     // lazily cloned tensor memory of its own.
     void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(out.handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(out.handle, &data));
     out_views_.push_back(out);
     out_data_.push_back(data);
     TensorView layout = out;
@@ -90,7 +90,7 @@ void Call::read_outputs() {
       case Density::kGapped:
         temporaries_.push_back(empty_strided_like(out, contiguous_strides(out)));
         layout = TensorView(temporaries_.back().get());
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(layout.handle, &data));
+        TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(layout.handle, &data));
         break;
       case Density::kSelfOverlap:
         fail(
@@ -154,7 +154,7 @@ void Call::read_gradients() {
         parameters_[p].dtype = find_real_dtype(grad.dtype)->dtype;
       }
       const void* data = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &data));
+      TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(grad.handle, &data));
       const bool is_out = data == out_data_[p] && grad.dtype == out_views_[p].dtype &&
                           same_layout(grad, out_views_[p].strides);
       if (!is_out) gradient_extents_.push_back(extent(placement(grad, data), t * num + p));

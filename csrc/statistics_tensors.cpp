@@ -1,4 +1,4 @@
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "checks.h"
 
@@ -10,18 +10,18 @@ TensorHandle zeros(const std::vector<int64_t>& sizes, int32_t dtype, const Call&
   StrideVector strides(sizes.size(), 1);
   if (sizes.size() == 2) strides[0] = sizes[1];
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               dtype, call.device_type(), call.device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, call.device_type(),
+                                                  call.device_index(), &made));
   TensorHandle tensor(made);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
   return tensor;
 }
 
 template <typename T>
 T* data(const TensorHandle& tensor) {
   void* pointer = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor.get(), &pointer));
+  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor.get(), &pointer));
   return static_cast<T*>(pointer);
 }
 
@@ -33,14 +33,14 @@ TensorHandle give_every_tower_a_row(TensorHandle read, int32_t dtype, const Call
   const int64_t stride = 1;
   const auto row_of = [&](const TensorHandle& tensor, int64_t row) {
     AtenTensorHandle view = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch__reinterpret_tensor(tensor.get(), 1, &size, &stride, row * size, &view));
     return TensorHandle(view);
   };
   for (int64_t i = 0; i < call.towers().count; ++i) {
     const TensorHandle from = row_of(read, i);
     const TensorHandle to = row_of(all, call.towers_read()[i]);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
   }
   return all;
 }

@@ -1,6 +1,6 @@
 #include "tensor_list.h"
 
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 
@@ -9,12 +9,12 @@ namespace torchtower {
 TensorView::TensorView(AtenTensorHandle tensor) : handle(tensor) {
   int64_t* borrowed_sizes = nullptr;
   int64_t* borrowed_strides = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &borrowed_sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &borrowed_strides));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &borrowed_sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &borrowed_strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &device_index));
   sizes = borrowed_sizes;
   strides = borrowed_strides;
 }
@@ -54,21 +54,20 @@ Placement placement(const TensorView& tensor, const void* data) {
 TensorList::TensorList(StableIValue argument) {
   const auto list = torch::stable::detail::to<StableListHandle>(argument);
   size_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   handles_.reserve(size);
   for (size_t i = 0; i < size; ++i) {
     StableIValue element = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
     handles_.emplace_back(torch::stable::detail::to<AtenTensorHandle>(element));
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
 }
 
 TensorHandle empty_strided_like(const TensorView& like, const StrideVector& strides) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim, like.sizes, strides.data(),
-                                                         like.dtype, like.device_type,
-                                                         like.device_index, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim, like.sizes, strides.data(), like.dtype,
+                                                  like.device_type, like.device_index, &made));
   return TensorHandle(made);
 }
 

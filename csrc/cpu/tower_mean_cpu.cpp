@@ -1,6 +1,6 @@
 // The CPU's kernels of the op and its sibling.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "../checks.h"
 #include "executor.h"
@@ -10,7 +10,7 @@ namespace torchtower::cpu {
 namespace {
 
 void torch_parallel_for_chunks(int64_t count, int64_t grain, Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
 }
 
 void run(const Call& call, const Statistics* statistics) {

@@ -30,8 +30,8 @@ TensorHandle allocate_scratch(const Call& call) {
   const int64_t size = scratch_bytes(call.parameters(), call.num_parameters(), call.towers());
   const int64_t stride = 1;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &size, &stride, aoti_torch_dtype_uint8(), call.device_type(), call.device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                  call.device_type(), call.device_index(), &made));
   return TensorHandle(made);
 }
 
@@ -47,12 +47,12 @@ void check_num_towers(const char* function, const Call& call) {
 void launch(const Call& call, const Statistics* statistics) {
   const torch::stable::accelerator::DeviceGuard guard(call.device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(call.device_index(), &stream));
   TensorHandle scratch;
   void* scratch_data = nullptr;
   if (statistics != nullptr) {
     scratch = allocate_scratch(call);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.get(), &scratch_data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(scratch.get(), &scratch_data));
   }
   STD_CUDA_CHECK(launch_tower_mean(call.parameters(), call.num_parameters(), call.towers(),
                                    statistics, scratch_data, driver_version(),
