@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -178,10 +179,35 @@ def test_the_default_generator_still_looks_like_one() -> None:
     torch.rand(2, generator=torch.default_generator)
 
 
-@pytest.mark.xfail(strict=True, reason="the stand-in for torch.random.default_generator is no torch.Generator")
 def test_torch_random_default_generator_can_still_be_handed_to_an_operator() -> None:
     wrap(nn.Dropout(0.5), 2)(torch.ones(4, 3))
-    torch.rand(2, generator=torch.random.default_generator)
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(2, generator=torch.random.default_generator), expected)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+@pytest.mark.parametrize("generator_of", [lambda: torch.default_generator, lambda: torch.random.default_generator])
+def test_the_default_generator_handed_to_an_operator_in_a_tower_is_that_towers(
+    num_towers: int, generator_of: Callable[[], torch.Generator]
+) -> None:
+    class Draw(nn.Module):
+        def __init__(self, names_it: bool) -> None:
+            super().__init__()
+            self.names_it = names_it
+
+        def forward(self, x: Tensor) -> Tensor:
+            generator = generator_of() if self.names_it else None
+            return torch.rand(x.shape, generator=generator) + torch.empty_like(x).normal_(generator=generator)
+
+    drawn = []
+    for names_it in (True, False):
+        wrapped = wrap(Draw(names_it), num_towers)
+        torch.manual_seed(0)
+        drawn.append(wrapped(torch.ones(num_towers, 3)))
+    assert torch.equal(*drawn)
+    assert len(drawn[0].unique()) == 3 * num_towers
 
 
 @pytest.mark.parametrize("num_towers", SEVERAL)

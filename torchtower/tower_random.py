@@ -8,7 +8,8 @@ the default generator's state and of t, taken at the first draw of a job: a forw
 nothing. ``F.dropout`` takes no generator, hence the detour: ATen's random operators are intercepted in tower threads
 alone, by a dispatch key that PyTorch keeps for its own tests, whose fallback is a fall-through (other operators pay
 nothing). Activation checkpointing saves and restores ``torch.random.default_generator``, so a stand-in with a face for
-each thread takes that name, and another takes the name of the device module's ``default_generators``. Operators that
+each thread takes that name for torch's own functions (who asks the module for it gets a real generator, this thread's),
+and another takes the name of the device module's ``default_generators``. Operators that
 draw on an accelerator and take no generator (fused dropout, attention) see the device's own generator set to the
 tower's state while they run, and it is theirs alone meanwhile.
 """
@@ -21,6 +22,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -154,13 +156,23 @@ class _GeneratorByState:
         return (self.device,) if len(inspect.signature(function).parameters) > num_before else ()
 
 
+def _cpu_generator_here() -> torch.Generator:
+    """In a tower's thread, that tower's CPU generator, elsewhere the default one."""
+    generators = getattr(_local, "generators", None)
+    return torch.default_generator if generators is None else generators.on(torch.device("cpu"))
+
+
 class _DefaultGeneratorOfThread:
-    """Stands for ``torch.random.default_generator``: in a tower's thread, that tower's CPU generator."""
+    """Stands for the name ``default_generator`` in the functions of ``torch.random``."""
 
     def __getattr__(self, name: str) -> Any:
-        generators = getattr(_local, "generators", None)
-        generator = torch.default_generator if generators is None else generators.on(torch.device("cpu"))
-        return getattr(generator, name)
+        return getattr(_cpu_generator_here(), name)
+
+
+class _RandomModule(ModuleType):
+    """``torch.random`` for those outside of it, who may hand its generator to an operator."""
+
+    default_generator = property(lambda module: _cpu_generator_here())
 
 
 class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
@@ -214,6 +226,7 @@ def _intercept_draws_once() -> Any:
     _libraries.extend([fallback, operators])
     _let_higher_order_operators_pass(key)
     vars(torch.random)["default_generator"] = _DefaultGeneratorOfThread()
+    torch.random.__class__ = _RandomModule
     return key
 
 
@@ -292,7 +305,7 @@ def _overload(name: str, overload_name: str) -> Any:
 def _draw_with_generator(overload: Any, key: Any, position: int, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     given = args[position] if len(args) > position else kwargs.get("generator")
     device = _device_of(args, kwargs)
-    if given is None and device != _local.borrowed:
+    if (given is None or _is_default(given, device)) and device != _local.borrowed:
         generator = _local.generators.on(device)
         if device.type != "cpu" and generator is default_generator(device):
             return _draw_without_generator(overload, key, keyset, *args, **kwargs)  # another tower may borrow it
@@ -301,6 +314,12 @@ def _draw_with_generator(overload: Any, key: Any, position: int, keyset: Any, *a
         else:
             kwargs["generator"] = generator
     return overload.redispatch(keyset.remove(key), *args, **kwargs)
+
+
+def _is_default(generator: torch.Generator, device: torch.device) -> bool:
+    # An operator may be handed another Python object of the same generator.
+    address = getattr(default_generator(device), "_cdata", None)
+    return bool(generator._cdata == address)  # type: ignore[attr-defined]
 
 
 def _draw_without_generator(overload: Any, key: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:

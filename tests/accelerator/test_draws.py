@@ -70,6 +70,22 @@ def test_towers_draw_different_masks_that_a_seed_reproduces(
     assert len(masks) == 2 * len(devices)
 
 
+def test_a_devices_default_generator_handed_to_an_operator_in_a_tower_is_that_towers(generators: str) -> None:
+    if generators == "unnamed":
+        pytest.skip("nothing tells which generator is the default one")
+
+    def drop(x: Tensor) -> Tensor:
+        generator = torch.ops.simulated.default_generator(x.device.index)
+        return x * torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+
+    wrapped = TowerParallel(Drop(drop), device_ids=[0, 1, 0, 1])
+    torch.manual_seed(7)
+    named = wrapped(torch.ones(4, 64))
+    wrapped = TowerParallel(Drop(lambda x: x * torch.bernoulli(torch.full_like(x, 0.5))), device_ids=[0, 1, 0, 1])
+    torch.manual_seed(7)
+    assert torch.equal(wrapped(torch.ones(4, 64)), named)
+
+
 @dropouts
 def test_the_main_tower_draws_as_the_plain_module_would(drop: Callable[[Tensor], Tensor]) -> None:
     wrapped = TowerParallel(Drop(drop), device_ids=[0, 1])
