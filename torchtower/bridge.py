@@ -168,8 +168,7 @@ class Bridge:
         accumulated: list[bool] = []
         if family.held or not family.synchronize:
             accumulated = asked.accumulated(len(parameters))
-        with torch.no_grad():
-            local_grads = self._local_grads(self._alive(), grads)
+        local_grads = self._local_grads(self._alive(), grads)
         keep = _autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
             values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)

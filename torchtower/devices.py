@@ -105,4 +105,4 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 
     Towards the CPU nothing would: the copy is waited for.
     """
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")

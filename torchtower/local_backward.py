@@ -13,6 +13,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torchtower.averaging import Grad
 from torchtower.collect import Sender
 
+_engine: Any = torch.autograd.Variable._execution_engine
+
 
 class Root(NamedTuple):
     """An output of a tower's graph, where a backward begins: without its memory, which the joined output has too."""
@@ -101,7 +103,10 @@ class LocalBackward(_Local):
         with torch.autograd.set_multithreading_enabled(False), self._requiring_grad(self._wanted):
             try:
                 with nullcontext() if self._sender is None else self._sender.watching():
-                    torch.autograd.backward(roots, grads, retain_graph=self._keep_graph)
+                    # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
+                    _engine.run_backward(
+                        roots, grads, self._keep_graph, False, (), allow_unreachable=True, accumulate_grad=True
+                    )
                 return [None if leaf is None else leaf.grad for leaf in self._leaves]
             finally:
                 for leaf in self._leaves:

@@ -388,7 +388,8 @@ def _loss_and_weight(output: Any, tower: int) -> tuple[Tensor, float | None]:
             "TowerParallel.tower_loss: expected loss_fn to return a tensor of one element, or such a loss and its "
             f"weight, but tower {tower}'s returned {got}"
         )
-    return loss.reshape(()), None if weight is None else float(weight)
+    # A view would cost the graph a node more.
+    return loss.reshape(()) if loss.dim() else loss, None if weight is None else float(weight)
 
 
 def _check_kernels(devices: Sequence[torch.device]) -> None:

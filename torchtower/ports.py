@@ -72,8 +72,7 @@ def join(
         # A call for nothing costs as much as joining a small output.
         sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place) if shared else []
         for index, total in zip(shared, sums, strict=True):
-            device = ports[index].device
-            results[index] = total if total is None or total.device == device else move(total, device)
+            results[index] = None if total is None else move(total, ports[index].device)
     return results
 
 

@@ -9,6 +9,7 @@ between devices order both devices' current streams themselves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -23,7 +24,7 @@ class Streams:
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._streams = _current({device.index for device in devices if device.type != "cpu"})
+        self._streams = [torch.accelerator.current_stream(index) for index in _indices(tuple(devices))]
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -36,7 +37,7 @@ class Streams:
     @contextmanager
     def _made_current(self) -> Iterator[None]:
         index = torch.accelerator.current_device_index()
-        before = _current({stream.device_index for stream in self._streams})
+        before = [torch.accelerator.current_stream(stream.device_index) for stream in self._streams]
         _make_current(self._streams, index)
         try:
             yield
@@ -44,8 +45,9 @@ class Streams:
             _make_current(before, index)
 
 
-def _current(indices: set[int]) -> list[torch.Stream]:
-    return [torch.accelerator.current_stream(index) for index in sorted(indices)]
+@functools.cache
+def _indices(devices: tuple[torch.device, ...]) -> list[int]:
+    return sorted({device.index for device in devices if device.type != "cpu"})
 
 
 def _make_current(streams: list[torch.Stream], device_index: int) -> None:

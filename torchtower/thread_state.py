@@ -8,10 +8,10 @@ that this takes stands in this file.
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -28,8 +28,7 @@ _autograd: Any = torch._C._autograd
 _parametrize: Any = parametrize
 
 
-@dataclass(frozen=True)
-class Autocast:
+class Autocast(NamedTuple):
     """Autocast of one device type."""
 
     device_type: str
@@ -86,7 +85,7 @@ class ThreadState:
         self._inference = torch.is_inference_mode_enabled()
         self._autocasts = [
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted({"cpu", *(device.type for device in devices)})
+            for kind in _device_types(tuple(devices))
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self._function_modes = [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]
@@ -144,7 +143,7 @@ class ThreadState:
 
     def _set_flags(self) -> None:
         # Not restored afterwards: a tower's thread does nothing but jobs, and each sets them all.
-        torch.set_grad_enabled(self._grad_enabled)
+        _C._set_grad_enabled(self._grad_enabled)
         torch.set_autocast_cache_enabled(self._autocast_cache)
         for autocast in self._autocasts:
             torch.set_autocast_enabled(autocast.device_type, autocast.enabled)
@@ -154,6 +153,11 @@ class ThreadState:
         if isinstance(mode, DeviceContext) and _names(mode.device, self._main_device):
             return DeviceContext(device)
         return mode
+
+
+@functools.cache
+def _device_types(devices: tuple[torch.device, ...]) -> list[str]:
+    return sorted({"cpu", *(device.type for device in devices)})
 
 
 def _of_checkpoint(hooks: Any) -> bool:

@@ -154,6 +154,7 @@ class _TowerThread:
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
         self._tower_index = tower_index
         self._device = device
+        self._words = f"in tower {tower_index} on device {device}"
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         ready = threading.Event()
         self._thread = threading.Thread(
@@ -167,12 +168,9 @@ class _TowerThread:
 
     def do(self, job: Job, state: ThreadState, seeds: Seeds, round_: Round) -> None:
         """Let the thread do ``job`` as this round's tower, under the caller's state."""
-        tower_index, device = self._tower_index, self._device
-
-        def work() -> Any:
-            return draw_from(TowerGenerators(tower_index, seeds), lambda: state.run(device, job))
-
-        self._inbox.put(lambda: round_.work(work, f"in tower {tower_index} on device {device}"))
+        run = functools.partial(state.run, self._device, job)
+        work = functools.partial(draw_from, TowerGenerators(self._tower_index, seeds), run)
+        self._inbox.put(functools.partial(round_.work, work, self._words))
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
