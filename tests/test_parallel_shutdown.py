@@ -373,6 +373,33 @@ model(torch.ones(4, 3)).sum().backward()
 """, 30)  # fmt: skip
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_first_towers_of_a_forked_child_may_start_at_the_same_moment() -> None:
+    passes("""
+class Meet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+    def forward(self, x):
+        gate.wait()
+        return x * self.weight
+
+sys.setswitchinterval(1e-6)
+torch.set_num_threads(1)
+gate = threading.Barrier(2)
+model = towers(Meet())
+model(torch.ones(4, 2)).sum().backward()
+for _ in range(300):  # one in a hundred crashed
+    child = os.fork()
+    if child == 0:
+        gate = threading.Barrier(2)
+        model(torch.ones(4, 2))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+""")
+
+
 def test_a_child_forked_while_another_thread_is_in_a_forward_has_towers_of_its_own() -> None:
     passes("""
 model = towers(Slow(0.0))

@@ -124,6 +124,8 @@ class TowerPool:
 
     def _started(self) -> list[_TowerThread]:
         if not self._threads:
+            # In a forked child the first to need torch's engine makes it anew, which two towers at once would crash in.
+            torch.autograd._is_checkpoint_valid()
             own = torch.get_num_threads()
             self._threads = [
                 _TowerThread(index, device, self._intra_op_threads or 1) for index, device in enumerate(self.devices)
