@@ -40,7 +40,7 @@ from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import LocalBackward, LocalGrad, Root, root_of
+from torchtower.local_backward import LocalBackward, LocalGrad, Root, requires_grad, root_of
 from torchtower.ports import Port, join, without_graph
 from torchtower.rounds import current_tower
 from torchtower.shards import Aliases
@@ -307,11 +307,6 @@ def has_hooks(parameter: Tensor) -> bool:
     """Whether hooks see its gradients: where a node has none for it, the engine calls them with None."""
     hooked: Any = parameter
     return bool(hooked._backward_hooks or hooked._post_accumulate_grad_hooks)
-
-
-def requires_grad(leaves: Sequence[Grad]) -> list[bool]:
-    """Of each leaf whether it does now."""
-    return [leaf is not None and leaf.requires_grad for leaf in leaves]
 
 
 def _sender(collection: Collection | None, tower: int, leaves: list[Grad]) -> Sender | None:

@@ -59,14 +59,12 @@ class _Local:
     @contextmanager
     def _requiring_grad(self, flags: list[bool]) -> Iterator[None]:
         """Within this context leaves have these flags; the user may have frozen or thawed parameters since."""
-        leaves = [leaf for leaf in self._leaves if leaf is not None]
-        now = [leaf.requires_grad for leaf in leaves]
-        then = [flag for leaf, flag in zip(self._leaves, flags, strict=True) if leaf is not None]
+        now = requires_grad(self._leaves)
         try:
-            _set_requires_grad(leaves, now, then)
+            _set_requires_grad(self._leaves, now, flags)
             yield
         finally:
-            _set_requires_grad(leaves, then, now)
+            _set_requires_grad(self._leaves, flags, now)
 
 
 class LocalBackward(_Local):
@@ -120,11 +118,11 @@ class LocalGrad(_Local):
     def __call__(self) -> list[Grad]:
         """Go backward; return each wanted leaf's gradient, with its graph where grad mode is on."""
         results: list[Grad] = [None] * len(self._leaves)
-        pairs = list(enumerate(zip(self._leaves, self._wanted, strict=True)))
-        wanted = {index: leaf for index, (leaf, flag) in pairs if flag and leaf is not None}
+        leaves = zip(self._leaves, self._wanted, strict=True)
+        wanted = {index: leaf for index, (leaf, flag) in enumerate(leaves) if flag and leaf is not None}
         if self._pairs and wanted:
             roots, grads = zip(*self._pairs, strict=True)
-            flags = [flag or (leaf is not None and leaf.requires_grad) for _, (leaf, flag) in pairs]
+            flags = [flag or now for flag, now in zip(self._wanted, requires_grad(self._leaves), strict=True)]
             with torch.autograd.set_multithreading_enabled(False), self._requiring_grad(flags):
                 found = torch.autograd.grad(
                     roots,
@@ -211,9 +209,14 @@ def _is_leaf(node: Any) -> bool:
     return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
 
 
-def _set_requires_grad(leaves: list[Tensor], before: list[bool], after: list[bool]) -> None:
+def requires_grad(leaves: list[Grad]) -> list[bool]:
+    """Of each leaf whether it does now; False where there is none."""
+    return [leaf is not None and leaf.requires_grad for leaf in leaves]
+
+
+def _set_requires_grad(leaves: list[Grad], before: list[bool], after: list[bool]) -> None:
     if before == after:  # nearly always
         return
     for leaf, old, new in zip(leaves, before, after, strict=True):
-        if old is not new:
+        if leaf is not None and old is not new:
             leaf.requires_grad_(new)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
-from torchtower.bridge import Bridge, Family, has_hooks, requires_grad
+from torchtower.bridge import Bridge, Family, has_hooks
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.left_behind import LeftBehind, keep_what_backward_wrote
-from torchtower.local_backward import leaves_of, writable
+from torchtower.local_backward import leaves_of, requires_grad, writable
 from torchtower.original import Original
 from torchtower.ports import Port
 from torchtower.replicate import Replica
