@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
@@ -144,6 +145,25 @@ def test_a_replaced_submodule_goes(towers: int) -> None:
     wrapped(batch(8))
     gc.collect()
     assert [ref for ref in replaced if ref() is not None] == []
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_dataclass_in_an_attribute_goes_when_a_forward_puts_another_there(num_towers: int) -> None:
+    @dataclasses.dataclass
+    class Last:
+        out: Tensor
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = Last(self.fc(x))
+            return self.last.out
+
+    wrapped = wrap(Net().double(), num_towers)
+    seen = []
+    for _ in range(10):
+        wrapped(batch(2 * num_towers)).sum().backward()
+        seen.append(weakref.ref(wrapped.module.last))
+    assert sum(last() is not None for last in seen) <= 2
 
 
 def test_a_class_of_loss_functions_goes() -> None:

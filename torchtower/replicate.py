@@ -82,6 +82,7 @@ class Replica:
         self._leaf_facts: dict[int, tuple[Any, ...]] = {}
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
+        self._met: dict[int, list[Any]] = {}  # the records in each, by its id: their copies stay while modules hold them
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
 
@@ -95,6 +96,7 @@ class Replica:
         before, self._to_replica = self._to_replica, Translation(copy_containers=not self._is_main)
         self._places.clear()
         self._links.clear()
+        self._met.clear()
         for module in self._original.modules:
             twin = before.get(module)
             if twin is None:
@@ -152,6 +154,7 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
+        self._to_replica.met = []
         sources = graph_tensors(module)
         self._links.pop(id(module), None)
         if sources:
@@ -175,6 +178,7 @@ class Replica:
         for source in sources:  # which must not live longer than the module holds it
             self._to_replica.remove(source)
         self._places[id(module)] = list(_places(module, twin))
+        self._met[id(module)] = self._to_replica.met
 
     def _link(self, source: Tensor) -> Link:
         """Make a leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""

@@ -51,6 +51,17 @@ def container_of(value: Any) -> Any:
     return vars(value) if _is_record(value) else None
 
 
+class _Record:
+    """A record and its copy, which all share that share the record."""
+
+    def __init__(self, source: Any, twin: Any) -> None:
+        self.source = source  # alive, so that its id stays its own
+        self.twin = twin
+
+
+_Records = weakref.WeakValueDictionary[int, _Record]
+
+
 class Translation:
     """A one-to-one table of objects, applied to values of any depth.
 
@@ -62,7 +73,9 @@ class Translation:
     def __init__(self, *, copy_containers: bool = False) -> None:
         self._copy_containers = copy_containers
         self._table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
-        self._records: dict[int, tuple[Any, Any]] = {}  # and their copies: what two modules share, their twins share
+        self._records: _Records = weakref.WeakValueDictionary()
+        # The records met since this was replaced: as long as somebody holds on to one, its copy stays the same.
+        self.met: list[_Record] = []
 
     def add(self, source: Any, target: Any) -> None:
         """Let ``source`` be translated to ``target``."""
@@ -85,7 +98,7 @@ class Translation:
             return entry[1]
         if isinstance(value, (Tensor, nn.Module)):
             return value
-        return _Copy(self._table, self._records, value).of(value, self._copy_containers)
+        return _Copy(self._table, self._records, self.met, value).of(value, self._copy_containers)
 
 
 class _Copy:
@@ -93,13 +106,15 @@ class _Copy:
 
     Args:
         table: as of `Translation`.
-        records: likewise.
+        records: by their ids.
+        met: gets those that are in the value.
         root: the value.
     """
 
-    def __init__(self, table: dict[int, tuple[Any, Any]], records: dict[int, tuple[Any, Any]], root: Any) -> None:
+    def __init__(self, table: dict[int, tuple[Any, Any]], records: _Records, met: list[_Record], root: Any) -> None:
         self._table = table
         self._records = records
+        self._met = met
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
 
@@ -149,12 +164,13 @@ class _Copy:
         return self._done[id(value)]
 
     def _record(self, value: Any, copy: bool) -> Any:
-        if id(value) not in self._records:
+        record = self._records.get(id(value))
+        if record is None:
             # None of the class's own code is run, which might hand out the user's object.
             twin = types.SimpleNamespace() if type(value) is types.SimpleNamespace else object.__new__(type(value))
-            self._records[id(value)] = (value, twin)
-        _, twin = self._records[id(value)]
-        self._done[id(value)] = twin
+            record = self._records[id(value)] = _Record(value, twin)
+        self._met.append(record)
+        twin = self._done[id(value)] = record.twin
         parts = {name: self.of(part, copy) for name, part in vars(value).items()}
         vars(twin).clear()
         vars(twin).update(parts)
