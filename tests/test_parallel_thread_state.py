@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -198,13 +199,54 @@ def test_two_forwards_under_one_autocast_see_changed_weights() -> None:
     assert not torch.equal(first, torch.full((4, 2), 3.0, dtype=torch.bfloat16))
 
 
-def test_a_forward_decorated_with_autocast_works() -> None:
-    class Net(nn.Linear):
-        @torch.autocast("cpu", dtype=torch.bfloat16)
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)
+class CastsItself(nn.Linear):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
-    assert wrap(Net(3, 2), 2)(torch.ones(4, 3)).dtype == torch.bfloat16
+
+def test_an_autocast_within_the_forward_casts_the_weights_as_they_are() -> None:
+    wrapped = wrap(CastsItself(3, 2), 2)
+    first = wrapped(torch.ones(4, 3))
+    assert first.dtype == torch.bfloat16
+    with torch.no_grad():
+        wrapped.module.weight.fill_(1.0)
+        wrapped.module.bias.zero_()
+    assert torch.equal(wrapped(torch.ones(4, 3)), torch.full((4, 2), 3.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("within", ["forward", "loss_fn"])
+def test_training_with_autocast_in_the_towers_follows_the_plain_module(within: str) -> None:
+    def loss_fn(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if within == "loss_fn" else nullcontext():
+            return net(x).float().square().mean()
+
+    plain = (CastsItself if within == "forward" else nn.Linear)(8, 4)
+    wrapped = wrap(copy.deepcopy(plain), 2)
+    losses: dict[nn.Module, list[float]] = {plain: [], wrapped: []}
+    for net, seen in losses.items():
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        for step in range(5):
+            x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+            loss = loss_fn(net, x) if net is plain else wrapped.tower_loss(loss_fn, x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+    assert losses[wrapped] == pytest.approx(losses[plain], rel=2e-2)
+
+
+def test_a_pass_without_gradients_leaves_those_of_a_second_alone() -> None:
+    class Twice(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                x = x + self.fc(x).sum()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.fc(x)
+
+    wrapped = wrap(Twice(), 2)
+    wrapped(torch.ones(4, 3)).float().sum().backward()
+    assert wrapped.module.fc.weight.grad.count_nonzero() == wrapped.module.fc.weight.numel()
 
 
 # ---- defaults, modes and variables

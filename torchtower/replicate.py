@@ -82,7 +82,7 @@ class Replica:
         self._leaf_facts: dict[int, tuple[Any, ...]] = {}
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
-        self._met: dict[int, list[Any]] = {}  # the records in each, by its id: their copies stay while modules hold them
+        self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
 

@@ -103,11 +103,6 @@ class ThreadState:
             or self._hooks_disabled is not None
         )
 
-    @property
-    def autocast(self) -> bool:
-        """Whether any device type's autocast is on."""
-        return any(autocast.enabled for autocast in self._autocasts)
-
     def run(self, device: torch.device, work: Callable[[], Result]) -> Result:
         """Do ``work`` in this thread, for a tower on ``device``, under the caller's state."""
         context = self._context.copy()

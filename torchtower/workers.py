@@ -109,8 +109,7 @@ class TowerPool:
             seeds.move_on()
             if self._closed:  # the backward of an output that has outlived the wrapper
                 self._end_threads()
-        if state.autocast:
-            torch.clear_autocast_cache()  # what the towers left in it, see thread_state
+        torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error()) is not None:
             try:
                 raise error
