@@ -440,6 +440,12 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
     ([[a], [1.0]], None, TypeError, "tower 1's of parameter 0 is of type float"),
     ([[(a, "v")], [a]], None, TypeError, "pairs everywhere or bare gradients everywhere"),
     ([[(a, "v", 3)]], None, TypeError, "tower 0's entry 0 has 3 items"),
+    (
+        [[(a, a)], [(a, b)]],
+        None,
+        ValueError,
+        r"pairs of one shape.*tower 1's pair 0 .*\(2,\).* shape \(3,\)",
+    ),
     ([[(a,)]], None, TypeError, "tower 0's entry 0 has 1 items"),
     (None, None, TypeError, r"tower_grads\[tower\]\[parameter\], but got NoneType"),
     (3, None, TypeError, "but got int"),

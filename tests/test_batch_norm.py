@@ -187,7 +187,7 @@ def test_towers_that_meet_unequally_often_are_told() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if current_tower() == 1 else x + tower_sum(x.sum())
 
-    with pytest.raises(RuntimeError, match="expected every tower to come"):
+    with pytest.raises(RuntimeError, match=r"tower_sum: expected every tower to come.*\[1\] of them"):
         wrap(Net(), 3)(batch(6))
 
 
@@ -205,6 +205,20 @@ def test_a_sum_over_towers_is_that_of_the_whole_batch_with_its_gradients(style: 
     else:
         wrapped.tower_loss(lambda net, x: net(x).square().mean(), batch(7)).backward()
     assert_same_gradients(wrapped, plain)
+
+
+def test_summands_that_differ_between_towers_are_named() -> None:
+    class Net(nn.Module):
+        def __init__(self, summands: list[Tensor]) -> None:
+            super().__init__()
+            self.summands = summands
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + tower_sum(self.summands[current_tower() or 0])
+
+    for other in (torch.ones(3), torch.ones((), dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"tower_sum: expected tensors of one shape and dtype .*tower 1's"):
+            wrap(Net([torch.ones(()), other]), 2)(batch(4))
 
 
 def test_conversion_keeps_parameters_statistics_and_state_dict() -> None:

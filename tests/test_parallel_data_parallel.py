@@ -26,6 +26,7 @@ def test_wrapped_is_a_data_parallel_with_its_signature() -> None:
 def test_the_wrapper_prints_and_reports_as_data_parallel_does(num_towers: int) -> None:
     wrapped = wrap(mlp(), num_towers)
     assert repr(wrapped).startswith("TowerParallel(") and "(module): Sequential(" in repr(wrapped)
+    assert f"devices={['cpu'] * num_towers}" in repr(wrapped)
     assert wrapped.num_towers == num_towers and wrapped.device_ids == ["cpu"] * num_towers
     assert wrapped.training
 

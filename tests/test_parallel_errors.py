@@ -220,7 +220,10 @@ def test_outputs_that_differ_between_towers_are_named(kind: str) -> None:
 @pytest.mark.parametrize(
     ("output", "words"),
     [
-        (lambda x: x, r"tower_loss: expected .*one element.*tower 0's returned shape \(2, 3\)"),
+        (lambda x: x, r"tower_loss: expected .*one element.*tower 0's returned torch.float64 of shape \(2, 3\)"),
+        (lambda x: x.sum().long(), r"tower_loss: expected .*floating.*tower 0's returned torch.int64"),
+        (lambda x: x.sum().to([torch.float64, torch.float32][current_tower() % 2]), r"of one dtype.*tower 1's is .*32"),
+        (lambda x: (x.sum(), 1.0) if current_tower() else x.sum(), "a weight in every tower or in none"),
         (lambda x: None, r"tower_loss: .*tower 0's returned NoneType"),
         (lambda x: 1.5, r"tower_loss: .*tower 0's returned float"),
         (lambda x: (x.sum(), -1.0), "not negative"),
@@ -232,6 +235,18 @@ def test_outputs_that_differ_between_towers_are_named(kind: str) -> None:
 def test_bad_results_of_a_loss_function_are_named(output: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         wrap(mlp(), 3).tower_loss(lambda net, x: output(x), batch(6))
+
+
+@pytest.mark.parametrize("weight", ["2", torch.ones(3), 1j])
+def test_a_weight_that_is_no_number_is_named(weight: Any) -> None:
+    with pytest.raises(TypeError, match=r"TowerParallel\.tower_loss: expected weights to be real.*tower 0's is"):
+        wrap(mlp(), 2).tower_loss(lambda net, x: (net(x).sum(), weight), batch(4))
+
+
+@pytest.mark.parametrize("num_towers", [1, 2])
+def test_a_forgotten_loss_function_is_named(num_towers: int) -> None:
+    with pytest.raises(TypeError, match=r"TowerParallel\.tower_loss: expected loss_fn to be callable, but got Tensor"):
+        wrap(mlp(), num_towers).tower_loss(batch(4), batch(4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weight", [-1.0, 0.0, float("nan"), float("inf")])
@@ -258,7 +273,8 @@ def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
         ({"device_ids": ["cuda:0"]}, ValueError, "does not exist here"),
         ({"device_ids": [1.5]}, TypeError, "1.5 of type float"),
         ({"device_ids": [True]}, TypeError, "of type bool"),
-        ({"output_device": "nonsense"}, ValueError, "nonsense"),
+        ({"output_device": "nonsense"}, ValueError, "expected output_device .*nonsense"),
+        ({"output_device": 0}, ValueError, "expected output_device=0"),
         ({"max_concurrency": 0}, ValueError, "max_concurrency"),
         ({"max_concurrency": 1.5}, TypeError, "expected max_concurrency to be an int, but got 1.5"),
         ({"dim": "a"}, TypeError, "expected dim to be an int, but got 'a'"),

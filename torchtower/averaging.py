@@ -44,9 +44,10 @@ def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[fl
         means. A mean lies on the main tower's device in the gradients' dtype.
 
     Raises:
-        ValueError: no tower; lists that differ in length, shape, dtype or sparse dimensions; another layout or
-            dtype than those above; some gradients on the meta device and others not; weights of the wrong number,
-            negative, NaN, infinite or all zero. The message names tower and parameter.
+        ValueError: no tower; lists that differ in length, shape, dtype or sparse dimensions; a gradient of another
+            shape than its variable; another layout or dtype than those above; some gradients on the meta device and
+            others not; weights of the wrong number, negative, NaN, infinite or all zero. The message names tower and
+            parameter.
         TypeError: something that is neither a tensor nor None; a tower's bare tensor, which belongs into a list;
             weights that are no sequence of real numbers.
 
@@ -308,7 +309,7 @@ def _checked(entry: Any, tower: int, parameter: int, function: str) -> Grad:
         raise TypeError(
             f"{function}: expected (grad, var) pairs, but tower {tower}'s entry {parameter} has {len(entry)} items"
         )
-    grad = entry[0] if isinstance(entry, (tuple, list)) else entry
+    grad, var = entry if isinstance(entry, (tuple, list)) else (entry, None)
     if grad is None:
         return None
     if not isinstance(grad, Tensor):
@@ -321,6 +322,11 @@ def _checked(entry: Any, tower: int, parameter: int, function: str) -> Grad:
         raise ValueError(
             f"{function}: expected gradients to be dense or sparse COO tensors of {_composed.TAKEN_IN_WORDS}, but "
             f"tower {tower}'s of parameter {parameter} is {strange}"
+        )
+    if isinstance(var, Tensor) and var.shape != grad.shape:
+        raise ValueError(
+            f"{function}: expected (grad, var) pairs of one shape, but tower {tower}'s pair {parameter} has a gradient "
+            f"of shape {tuple(grad.shape)} and a variable of shape {tuple(var.shape)}"
         )
     return grad
 

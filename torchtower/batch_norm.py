@@ -29,6 +29,7 @@ def tower_sum(value: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: some tower finished its forward without calling.
+        ValueError: tensors that differ in shape or dtype.
         TypeError: something that is no tensor.
 
     Example:
@@ -56,7 +57,12 @@ class _TowerSum(torch.autograd.Function):
         ctx.weighted = weight is not None
         first, *others = exchange(value.detach() if weight in (None, 1) else value.detach() * weight)
         total: Tensor = first.to(value.device, copy=True)
-        for other in others:
+        for tower, other in enumerate(others, 1):
+            if other.shape != first.shape or other.dtype != first.dtype:
+                raise ValueError(
+                    "tower_sum: expected tensors of one shape and dtype in all towers, but tower 0's is "
+                    f"{tuple(first.shape)} of {first.dtype} and tower {tower}'s {tuple(other.shape)} of {other.dtype}"
+                )
             total += other.to(value.device)
         return total / weight if weight else total
 
@@ -169,7 +175,7 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         ValueError: a lazy batch normalisation, which has no parameters yet.
 
     Example:
-        >>> net = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+        >>> net = convert_sync_batchnorm(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
         >>> type(net[1]).__name__
         'TowerBatchNorm'
 

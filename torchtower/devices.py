@@ -11,7 +11,7 @@ DeviceId = int | str | torch.device
 
 
 def parse_device_ids(
-    device_ids: Sequence[DeviceId] | None, function: str = "TowerParallel"
+    device_ids: Sequence[DeviceId] | None, function: str = "TowerParallel", argument: str = "device_ids"
 ) -> tuple[torch.device, ...]:
     """Turn ``device_ids`` into one device a tower.
 
@@ -20,6 +20,7 @@ def parse_device_ids(
             and ``"cpu"``, repeatedly: each entry is one tower. None: every device of the accelerator, or one CPU
             tower where there is none.
         function: the name that errors begin with.
+        argument: what they call ``device_ids``.
 
     Returns:
         The towers' devices in tower order; the first is the main tower's. An accelerator's device always carries
@@ -41,27 +42,33 @@ def parse_device_ids(
         return tuple(torch.device(accelerator.type, index) for index in range(count))
     if isinstance(device_ids, (str, int, torch.device)):
         device_ids = [device_ids]
-    devices = tuple(_parse(entry, accelerator, function) for entry in device_ids)
+    devices = tuple(_parse(entry, accelerator, function, argument) for entry in device_ids)
     if not devices:
-        raise ValueError(f"{function}: expected device_ids to name at least one device, but got []")
+        raise ValueError(f"{function}: expected {argument} to name at least one device, but got []")
     if len({device.type for device in devices}) > 1:
         raise ValueError(
-            f"{function}: expected all towers on devices of one type, but got device_ids "
+            f"{function}: expected all towers on devices of one type, but got {argument} "
             f"{[str(device) for device in devices]}"
         )
     return devices
 
 
-def _parse(entry: DeviceId, accelerator: torch.device | None, function: str) -> torch.device:
+def parse_output_device(output_device: DeviceId) -> torch.device:
+    """The one device that ``output_device`` names; -1 is nn.DataParallel's word for the CPU."""
+    (device,) = parse_device_ids(["cpu" if output_device == -1 else output_device], argument="output_device")
+    return device
+
+
+def _parse(entry: DeviceId, accelerator: torch.device | None, function: str, argument: str) -> torch.device:
     if isinstance(entry, bool) or not isinstance(entry, (int, str, torch.device)):
         raise TypeError(
-            f"{function}: expected device_ids of int, str or torch.device, "
+            f"{function}: expected {argument} of int, str or torch.device, "
             f"but got {entry!r} of type {type(entry).__name__}"
         )
     if isinstance(entry, int):
         if accelerator is None:
             raise ValueError(
-                f"{function}: expected device_ids={entry} to be an accelerator's device, but this machine has no "
+                f"{function}: expected {argument}={entry} to be an accelerator's device, but this machine has no "
                 "accelerator; name CPU towers as device_ids=['cpu', 'cpu']"
             )
         device = torch.device(accelerator.type, entry) if entry >= 0 else None
@@ -70,9 +77,9 @@ def _parse(entry: DeviceId, accelerator: torch.device | None, function: str) -> 
             device = torch.device(entry)
         except RuntimeError:
             raise ValueError(
-                f"{function}: expected device_ids to name devices, such as 'cpu' or 'cuda:0', but got {entry!r}"
+                f"{function}: expected {argument} to name devices, such as 'cpu' or 'cuda:0', but got {entry!r}"
             ) from None
-    return _existing(device, entry, accelerator, function)
+    return _existing(device, entry, accelerator, function, argument)
 
 
 def _existing(
@@ -80,6 +87,7 @@ def _existing(
     entry: DeviceId,
     accelerator: torch.device | None,
     function: str,
+    argument: str,
 ) -> torch.device:
     if device is not None and device.type == "cpu":
         return torch.device("cpu")
@@ -91,7 +99,7 @@ def _existing(
     known = ["cpu"] + [f"{accelerator}:{index}" for index in range(count)]
     here = "" if accelerator is not None else "; torch finds no accelerator on this machine"
     raise ValueError(
-        f"{function}: expected device_ids among {known}, but got {entry!r}, which does not exist here{here}"
+        f"{function}: expected {argument} among {known}, but got {entry!r}, which does not exist here{here}"
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import silenced, warn_of_process_norms
-from torchtower.devices import DeviceId, move, parse_device_ids
+from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.held import HeldGradients
 from torchtower.local_backward import leaves_of
 from torchtower.ports import Port
@@ -53,6 +53,11 @@ class TowerParallel(Steps[Module]):
             over towers weighted by rows, of floating-point ones.
         max_concurrency: how many towers work at once; the others take turns. None: as many as there are cores. It
             changes no bit of any result.
+
+    Attributes:
+        module: the wrapped module.
+        devices: the towers' devices, in tower order.
+        tower_losses: each tower's loss of the last `tower_loss`.
 
     Raises:
         ValueError: devices that do not exist or differ in type; parameters on another device than the main tower's
@@ -98,8 +103,7 @@ class TowerParallel(Steps[Module]):
         main = self.devices[0]
         self.output_device: Any = main
         if output_device is not None:
-            # -1 is nn.DataParallel's word for the CPU.
-            (self.output_device,) = parse_device_ids(["cpu" if output_device == -1 else output_device])
+            self.output_device = parse_output_device(output_device)
         if len(self.devices) > 1:
             warn_of_process_norms(module)
         elif main.type != "cpu":
@@ -119,6 +123,10 @@ class TowerParallel(Steps[Module]):
         self._closer: weakref.finalize[Any, Any] | None = None
         _wrappers.add(self)
 
+    def extra_repr(self) -> str:
+        """What ``repr`` says beside the module."""
+        return f"devices={[str(device) for device in self.devices]}"
+
     @property
     def num_towers(self) -> int:
         """How many towers there are; a batch with fewer rows leaves the last ones idle."""
@@ -130,7 +138,8 @@ class TowerParallel(Steps[Module]):
         Args:
             *inputs: nested containers (tuples, lists, dicts, dataclasses) of anything. Every tensor is split along
                 ``dim``, as evenly as its rows allow; a tensor without that dimension, or with one row where others
-                have more, goes to every tower, and so does whatever is no tensor.
+                have more, goes to every tower, and so does whatever is no tensor. Where no tensor has rows to split,
+                the main tower runs alone.
             **kwargs: likewise.
 
         Returns:
@@ -195,8 +204,10 @@ class TowerParallel(Steps[Module]):
 
         Raises:
             Exception: what a tower raised; its words name the tower and its device.
-            ValueError: a loss that has not one element; weights negative, NaN, infinite or all zero; at the first call
-                of ``loss_fn``, a loss that depends on the module's own parameters.
+            ValueError: a loss that is not floating or has not one element; losses of several dtypes; weights negative,
+                NaN, infinite or all zero; at the first call of ``loss_fn``, a loss that depends on the module's own
+                parameters.
+            TypeError: ``loss_fn`` is not callable; a weight that is no real number.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
@@ -210,6 +221,10 @@ class TowerParallel(Steps[Module]):
         Source:
             ``tower_loss`` and ``average_gradients`` of TensorFlow 1's CIFAR-10 tutorial.
         """
+        if not callable(loss_fn):
+            raise TypeError(
+                f"TowerParallel.tower_loss: expected loss_fn to be callable, but got {type(loss_fn).__name__}"
+            )
         if self._is_alone():
             batch, kwargs = self._moved((batch, kwargs))
             loss, weight = _loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
@@ -229,6 +244,7 @@ class TowerParallel(Steps[Module]):
         with self._lock:
             result = self._running().run(call, shards)
             pairs = [_loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
+            _check_alike(pairs)
             self._check_once(loss_fn, pairs[0][0])
             given = [weight for _, weight in pairs]
             rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
@@ -380,16 +396,30 @@ def _call_module(replica: nn.Module, shard: Any) -> Any:
     return replica(*shard[0], **shard[1])
 
 
-def _loss_and_weight(output: Any, tower: int) -> tuple[Tensor, float | None]:
+def _loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
     loss, weight = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.is_floating_point() or loss.is_complex()):
+        got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
-            "TowerParallel.tower_loss: expected loss_fn to return a tensor of one element, or such a loss and its "
-            f"weight, but tower {tower}'s returned {got}"
+            "TowerParallel.tower_loss: expected loss_fn to return a floating tensor of one element, or such a loss and "
+            f"its weight, but tower {tower}'s returned {got}"
         )
-    # A view would cost the graph a node more.
-    return loss.reshape(()) if loss.dim() else loss, None if weight is None else float(weight)
+    return loss.reshape(()) if loss.dim() else loss, weight  # a view would cost the graph a node more
+
+
+def _check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
+    (first, weight), *others = pairs
+    for tower, (loss, other) in enumerate(others, 1):
+        if loss.dtype != first.dtype:
+            raise ValueError(
+                f"TowerParallel.tower_loss: expected losses of one dtype, {first.dtype} as tower 0's, but tower "
+                f"{tower}'s is {loss.dtype}"
+            )
+        if (other is None) is not (weight is None):
+            raise ValueError(
+                "TowerParallel.tower_loss: expected loss_fn to return a weight in every tower or in none, but towers 0 "
+                f"and {tower} differ"
+            )
 
 
 def _check_kernels(devices: Sequence[torch.device]) -> None:

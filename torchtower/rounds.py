@@ -147,7 +147,11 @@ class Round:
         elif len(unanswered) == len(self._starts) - num_finished:
             answer = [arrival.value for arrival in unanswered]
             if num_finished:
-                answer = DesertedError("exchange: expected every tower to come, but some had finished without")
+                missing = sorted(self._begun - {arrival.tower_index for arrival in waiting})
+                answer = DesertedError(
+                    f"tower_sum: expected every tower to come, as in a synchronised BatchNorm, but {missing} of them "
+                    "finished without"
+                )
             self.has_met = True
         if answer is not None:
             for arrival in unanswered:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchtower.devices import move, parse_device_ids
+from torchtower.devices import move, parse_output_device
 from torchtower.scatter_gather import Splits, cat_rows, gather_structure, map_tensors, plan_splits, tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -53,7 +53,7 @@ class Steps(nn.DataParallel[Module]):
 
     def gather(self, outputs: Sequence[Any], output_device: Any) -> Any:
         """Join outputs as TowerParallel's forward does; see ``nn.DataParallel.gather``."""
-        (device,) = parse_device_ids(["cpu" if output_device == -1 else output_device])
+        device = parse_output_device(output_device)
         return gather_structure(outputs, lambda parts, path: cat_rows([move(part, device) for part in parts], self.dim))
 
     def _check_steps(self, forward: Any) -> None:
