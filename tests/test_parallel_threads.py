@@ -27,6 +27,7 @@ from tests.helpers import (
 )
 from tests.modules import calling
 from torchtower import current_tower
+from torchtower.replicate import Replica
 from torchtower.workers import TowerPool
 
 _PATIENCE_S = 20
@@ -239,6 +240,35 @@ def test_forward_in_one_thread_and_backward_in_another_work() -> None:
     losses[0].backward()
     plain(batch(5)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+def test_replicas_never_follow_the_module_while_another_threads_backward_runs_in_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside = threading.Event()
+
+    def pause(phase: str) -> None:
+        if phase == "backward":  # where a checkpoint would use the replica's attributes
+            inside.set()
+            time.sleep(0.2)
+            inside.clear()
+
+    wrapped = wrap(calling(pause), 2)
+    out = wrapped(batch(4)).sum()
+    seen: list[bool] = []
+    follow = Replica.follow
+
+    def follow_and_look(self: Replica, *args: Any) -> None:
+        seen.append(inside.is_set())
+        follow(self, *args)
+
+    monkeypatch.setattr(Replica, "follow", follow_and_look)
+    backward = threading.Thread(target=out.backward)
+    backward.start()
+    assert inside.wait(10)
+    wrapped(batch(4))
+    backward.join()
+    assert seen == [False, False]
 
 
 def test_a_call_from_a_towers_own_forward_runs_in_that_tower() -> None:

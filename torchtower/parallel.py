@@ -341,7 +341,9 @@ class TowerParallel(Steps[Module]):
     def _running(self) -> Towers:
         if self._towers is None or self._towers.module is not self.module:
             self.close()
-            self._towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held)
+            self._towers = Towers(
+                self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held, self._lock
+            )
             # Runs when this wrapper is collected and before the interpreter exits.
             self._closer = weakref.finalize(self, self._towers.pool.close)
         return self._towers

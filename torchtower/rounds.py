@@ -81,13 +81,11 @@ class Round:
     towers report by adding to what only grows, and each look at it decides anew what is left to do.
 
     Args:
-        starts: for each tower that takes part, its index and what makes its thread call `work`.
-        weights: of a backward's towers.
+        starts: for each tower that takes part, in tower order, what makes its thread call `work`.
+        weights: of a backward's towers; None in a forward.
     """
 
-    def __init__(
-        self, starts: Sequence[tuple[int, Callable[[Round], None]]], weights: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, starts: Sequence[Callable[[Round], None]], weights: Sequence[float] | None) -> None:
         self.weights = weights
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
@@ -129,7 +127,7 @@ class Round:
                 arrival.went_on = True
                 working += 1
         while working < max_concurrency and self._num_started < len(self._starts):
-            self._starts[self._num_started][1](self)
+            self._starts[self._num_started](self)
             self._num_started += 1
             working += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -39,6 +40,7 @@ class Towers:
         max_concurrency: see `TowerPool`.
         buffers: ``"main"`` or ``"mean"``, see `torchtower.TowerParallel`.
         held: where gradients are kept under ``no_sync``.
+        lock: the wrapper's, which whoever calls `run` holds until the outputs are connected.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Towers:
         max_concurrency: int | None,
         buffers: str,
         held: HeldGradients,
+        lock: threading.RLock,
     ) -> None:
-        self.pool = TowerPool(devices, max_concurrency)
+        self.pool = TowerPool(devices, max_concurrency, lock)
         self._buffers = buffers
         self._freshness = Freshness(any(device != devices[0] for device in devices))
         self._original = Original(module, devices[0])
@@ -93,8 +96,7 @@ class Towers:
             return job
 
         self._original.outside.remember()
-        with self.pool.alone():
-            outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
+        outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
         shards.pass_on_writes()
         shards.pass_on_contents()
         self._pool_buffers(shards.splits.rows)
@@ -301,7 +303,7 @@ class Towers:
         return [source for source, _ in used], leaves
 
     def _keep_what_backward_wrote(self) -> None:
-        with self.pool.alone():
+        with self.pool.lock:
             self._written_to += keep_what_backward_wrote(self._replicas[0])
 
 

@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import Any
 
@@ -35,9 +34,11 @@ class TowerPool:
         devices: one a tower, in tower order.
         max_concurrency: how many towers work at once; the others take their turns in tower order. None: as many as
             the machine has cores. It changes no bit of any result.
+        lock: the wrapper's, held by whoever works with the replicas: no forward changes them while a backward runs in
+            them, and what towers leave behind is their caller's.
     """
 
-    def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None = None) -> None:
+    def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None, lock: threading.RLock) -> None:
         intercept_draws()  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
         self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
@@ -47,12 +48,8 @@ class TowerPool:
         self.has_met = False  # whether the towers of the last round exchanged anything
         self._closed = False
         self._running = False
-        self._lock = threading.RLock()
+        self.lock = lock
         _pools.add(self)
-
-    def alone(self) -> AbstractContextManager[Any]:
-        """Within this context no other thread's `run` begins: what towers leave behind is the caller's."""
-        return self._lock
 
     def share_out_cores(self) -> None:
         """Give each tower its share of this thread's intra-op threads, whatever `max_concurrency` is.
@@ -64,18 +61,16 @@ class TowerPool:
             self._end_threads()
             self._intra_op_threads = share
 
-    def run(
-        self, jobs: Sequence[Job | None], *, in_turn: bool = False, weights: Sequence[float] | None = None
-    ) -> list[Any]:
+    def run(self, jobs: Sequence[Job], *, in_turn: bool = False, weights: Sequence[float] | None = None) -> list[Any]:
         """Do ``jobs[t]`` in tower ``t``'s thread, all at once as far as `max_concurrency` allows.
 
         Args:
-            jobs: one a tower; None, or a list that ends early, leaves towers out.
+            jobs: one a tower; a list that ends early leaves the last towers out.
             in_turn: one tower after the other.
             weights: of the towers, in a backward.
 
         Returns:
-            Each job's result in tower order, None for towers left out.
+            Each job's result, in tower order.
 
         Raises:
             Exception: what the first tower to fail (in tower order) raised; its words name the tower and its device.
@@ -87,19 +82,15 @@ class TowerPool:
             raise RuntimeError("TowerParallel: expected to be used before the interpreter shuts down")
         state = ThreadState(self.devices)
         seeds = Seeds(self.devices[0])
-        with self._lock:
-            threads = self._started()
-            starts = [
-                (tower, functools.partial(threads[tower].do, job, state, seeds))
-                for tower, job in enumerate(jobs)
-                if job is not None
-            ]
-            if self._last_round_s > _LONG_ROUND_S:
-                _send_team_home()
-            began_s = time.perf_counter()
-            round_ = Round(starts, weights)
-            self._running = True
+        with self.lock:
+            self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
             try:
+                threads = self._started()
+                starts = [functools.partial(threads[t].do, job, state, seeds) for t, job in enumerate(jobs)]
+                if self._last_round_s > _LONG_ROUND_S:
+                    _send_team_home()
+                began_s = time.perf_counter()
+                round_ = Round(starts, weights)
                 with without_parametrization_cache():
                     interrupt = round_.run(1 if in_turn else self.max_concurrency)
             finally:
@@ -115,7 +106,7 @@ class TowerPool:
                 raise error
             finally:  # its traceback holds this frame: a cycle would keep what the towers' frames hold
                 del error, interrupt
-        return [round_.results.get(tower) for tower in range(len(jobs))]
+        return [round_.results[tower] for tower in range(len(jobs))]
 
     def tower_here(self) -> int | None:
         """The index of the tower whose thread this is, if it is one of this pool's."""
@@ -145,7 +136,7 @@ class TowerPool:
 
     def forget(self) -> None:
         """Drop the threads without a word: in a forked child they do not exist."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._threads = []
 
 
