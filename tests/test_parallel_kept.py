@@ -265,6 +265,26 @@ def test_activations_that_a_hook_keeps_lead_to_the_parameters(index: int, num_to
     assert_same_gradients(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("sum_first", [True, False])
+def test_activations_lead_to_the_parameters_though_a_hook_adds_them_up_over_towers_too(sum_first: bool) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net in (plain, wrapped):
+        kept: list[Tensor] = []
+        total: list[Any] = [0.0]
+
+        def add_up(module: nn.Module, args: Any, output: Tensor, total: list[Any] = total) -> None:
+            total[0] = total[0] + output.sum()
+
+        def keep(module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = kept) -> None:
+            kept.append(output)
+
+        for hook in (add_up, keep) if sum_first else (keep, add_up):
+            getattr(net, "module", net)[0].register_forward_hook(hook)
+        net(batch(8))
+        sum(f.square().sum() for f in kept).backward()
+    assert_same_gradients(wrapped, plain)
+
+
 @pytest.mark.parametrize("kind", ["method", "global"])
 def test_the_one_activation_that_a_hook_keeps_is_some_towers(kind: str) -> None:
     # Towers overwrite it in no order, as nn.DataParallel's replicas do: rows that are alike make them one.

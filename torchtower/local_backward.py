@@ -176,7 +176,8 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
     Args:
         tensors: with graphs.
         tower_of: each leaf's tower, by its id.
-        known: what was found behind nodes by earlier calls; added to, so that many tensors of one graph cost one walk.
+        known: what was found behind nodes by earlier calls; added to where it is one tower's, so that many tensors of
+            one graph cost one walk.
     """
     new: list[Any] = []
     towers: set[int] = set()
@@ -187,7 +188,8 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
         new.append(node)
         if _is_leaf(node) and id(node.variable) in tower_of:
             towers.add(tower_of[id(node.variable)])
-    known.update((node, towers) for node in new)
+    if len(towers) < 2:  # else one node's are not another's
+        known.update((node, towers) for node in new)
     return towers
 
 
