@@ -205,6 +205,18 @@ def test_gradients_kept_back_wait_for_the_next_backward_into_the_parameters(
     assert_same_gradients(wrapped, plain)
 
 
+def test_no_sync_lasts_though_the_towers_are_made_anew_within_it() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with wrapped.no_sync():
+        wrapped.close()
+        wrapped(batch(8)).sum().backward()
+        assert all(parameter.grad is None for parameter in wrapped.parameters())
+    plain(batch(8)).sum().backward()
+    for net in (plain, wrapped):
+        net(batch(8)).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
 def test_gradients_kept_back_follow_a_cast() -> None:
     plain, wrapped = twins(mlp(), 2)
     for net in (plain, wrapped):

@@ -76,7 +76,7 @@ class Family:
     held: HeldGradients
     streams: Streams
     on_backward: weakref.WeakMethod[Callable[[], None]]
-    synchronize: bool = True
+    synchronize: bool
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
     bridges: list[weakref.ref[Bridge]] = field(default_factory=list)

@@ -18,6 +18,7 @@ class HeldGradients:
     """What every tower has accumulated since the last reduction, weighted already."""
 
     def __init__(self) -> None:
+        self.synchronize = True  # whether forwards that run now have their gradients reduced, not kept
         self._towers: list[dict[int, Tensor]] = []
         self._parameters: dict[int, Tensor] = {}  # keeps them alive, so that ids stay theirs
 

@@ -306,12 +306,12 @@ class TowerParallel(Steps[Module]):
         if self.num_towers == 1 or current_tower() is not None:
             yield
             return
-        towers = self._running()
-        before, towers.synchronize = towers.synchronize, False
+        held = self._held
+        before, held.synchronize = held.synchronize, False
         try:
             yield
         finally:
-            towers.synchronize = before
+            held.synchronize = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, those that `no_sync` has kept back too."""

@@ -39,7 +39,7 @@ class Towers:
         devices: one a tower.
         max_concurrency: see `TowerPool`.
         buffers: ``"main"`` or ``"mean"``, see `torchtower.TowerParallel`.
-        held: where gradients are kept under ``no_sync``.
+        held: whether gradients are kept back, and which are.
         lock: the wrapper's, which whoever calls `run` holds until the outputs are connected.
     """
 
@@ -65,7 +65,6 @@ class Towers:
         self._is_following = False
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
         self._held = held
-        self.synchronize = True
         # T towers that meet a compiled module at once would compile it T times.
         self._in_turn = _is_compiled(self._original.modules)
 
@@ -264,7 +263,7 @@ class Towers:
                 self._held,
                 Streams(self.pool.devices),
                 weakref.WeakMethod(self._keep_what_backward_wrote),
-                self.synchronize,
+                self._held.synchronize,
             ),
             [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
             local_inputs,
@@ -284,7 +283,8 @@ class Towers:
         """
         parameters = self._original.parameters
         hooked = [index for index, parameter in enumerate(parameters) if has_hooks(parameter)]
-        if not hooked or self._held or not self.synchronize:  # what is kept back goes to parameters unused here, too
+        # What is kept back goes to parameters unused here, too.
+        if not hooked or self._held or not self._held.synchronize:
             return parameters
         used = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
         unused = {i for i in hooked if not any(id(replica.leaves[i]) in used for replica in self._replicas)}
