@@ -323,6 +323,14 @@ def test_a_loss_of_the_module_itself_in_place_of_its_replica_is_refused(num_towe
         with pytest.raises(ValueError, match=f"to use the replica that it is given, but .* own parameter '{name}'"):
             wrapped.tower_loss(loss_fn, batch(8))
 
+    def late(replica: nn.Module, x: Tensor) -> Tensor:
+        return penalty(replica, x)
+
+    with torch.no_grad():  # which tells nothing
+        wrapped.tower_loss(late, batch(8))
+    with pytest.raises(ValueError, match="to use the replica that it is given"):
+        wrapped.tower_loss(late, batch(8))
+
     for loss_fn in (wrong, penalty):  # what a partial is of counts, not that it is one
         wrapped.tower_loss(functools.partial(lambda replica, x: replica(x).sum()), batch(8))
         with pytest.raises(ValueError, match="to use the replica that it is given"):

@@ -263,12 +263,12 @@ class TowerParallel(Steps[Module]):
     _tower_loss_untraced = untraced(_tower_loss_on_towers)
 
     def _check_once(self, loss_fn: Callable[..., Any], loss: Tensor) -> None:
-        """At the first call of a function, see that its loss leads to replicas, not to the module itself."""
+        """See at a function's first loss with a graph that it leads to replicas, not to the module itself."""
         function: Any = loss_fn
         while isinstance(function, functools.partial):
             function = function.func
         code = getattr(function, "__code__", type(function))
-        if code in self._checked:
+        if code in self._checked or not loss.requires_grad:
             return
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         for leaf in leaves_of([loss]):
