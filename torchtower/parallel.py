@@ -205,8 +205,8 @@ class TowerParallel(Steps[Module]):
         Raises:
             Exception: what a tower raised; its words name the tower and its device.
             ValueError: a loss that is not floating or has not one element; losses of several dtypes; weights negative,
-                NaN, infinite or all zero; at the first call of ``loss_fn``, a loss that depends on the module's own
-                parameters.
+                NaN, infinite or all zero; at the first call of ``loss_fn`` that builds a graph, a loss that depends on
+                the module's own parameters.
             TypeError: ``loss_fn`` is not callable; a weight that is no real number.
 
         Example:
