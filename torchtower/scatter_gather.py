@@ -121,7 +121,6 @@ class Splits:
     """
 
     dim: int
-    num_towers: int
     rows: list[int]
 
     def parts(self, tensor: Tensor) -> list[Tensor] | None:
@@ -130,9 +129,10 @@ class Splits:
         Cut as evenly as rows allow, the first towers getting one more. A tensor without the dimension, or with one row
         where others have more, is for everybody, as in PyTorch's broadcasting.
         """
-        if self.num_towers == 1 or _size(tensor, self.dim) < 2:
+        num_towers = len(self.rows)
+        if num_towers == 1 or _size(tensor, self.dim) < 2:
             return None
-        sizes = even_sizes(_size(tensor, self.dim), self.num_towers)
+        sizes = even_sizes(_size(tensor, self.dim), num_towers)
         return list(tensor.split_with_sizes(sizes, self.dim))
 
 
@@ -158,9 +158,9 @@ def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
             )
     sizes = [_size(tensor, dim) for tensor in tensors]
     split = [size for size in sizes if size > 1]
-    towers = min([num_towers, *split]) if split else 1
-    rows = even_sizes(max(split), towers) if split else [max(sizes, default=1) if sizes else 1]
-    return Splits(dim, towers, rows)
+    if not split:
+        return Splits(dim, [max(sizes, default=1)])
+    return Splits(dim, even_sizes(max(split), min(num_towers, *split)))
 
 
 def _size(tensor: Tensor, dim: int) -> int:
