@@ -29,6 +29,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import LocalBackward, LocalGrad, Root, requires_grad, root_of
+from torchtower.local_backward import Root, local_backward, local_grad, requires_grad, root_of
 from torchtower.ports import Port, join, without_graph
 from torchtower.rounds import current_tower
 from torchtower.shards import Aliases
@@ -199,16 +200,17 @@ class Bridge:
     ) -> list[Grad]:
         family = self._family
         keep = keep or family.keeps_graphs
-        collection = None
         towers = zip(self._alive(), local_grads, self._inputs, self._wanted(asked), strict=True)
-        jobs: list[Callable[[], list[Grad]]]
+        collection = None
         if not asked.all:
-            jobs = [LocalGrad(*parts, keep) for parts in towers]
+            jobs = [partial(local_grad, *parts, keep) for parts in towers]
         else:
+            senders: list[Sender | None] = [None] * len(local_grads)
             if family.buckets and family.synchronize:
                 collection = Collection(family.buckets, family.weights, family.pool.devices[0])
+                senders = [Sender(collection, tower, leaves) for tower, leaves in enumerate(self._inputs)]
             jobs = [
-                LocalBackward(*parts, keep, _sender(collection, tower, parts[2])) for tower, parts in enumerate(towers)
+                partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
         local = family.pool.run(jobs, weights=family.weights)
         if collection is not None:
@@ -252,7 +254,7 @@ class Bridge:
             [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
         ]
         jobs = [
-            LocalGrad([roots[i] for i in given], local, leaves, wanted, keep_graph=True)
+            partial(local_grad, [roots[i] for i in given], local, leaves, wanted, keep_graph=True)
             for roots, local, leaves, wanted in zip(
                 self._alive(), cotangents, self._inputs, self._wanted(asked), strict=True
             )
@@ -307,7 +309,3 @@ def has_hooks(parameter: Tensor) -> bool:
     """Whether hooks see its gradients: where a node has none for it, the engine calls them with None."""
     hooked: Any = parameter
     return bool(hooked._backward_hooks or hooked._post_accumulate_grad_hooks)
-
-
-def _sender(collection: Collection | None, tower: int, leaves: list[Grad]) -> Sender | None:
-    return None if collection is None else collection.sender(tower, leaves)

@@ -50,17 +50,13 @@ class Collection:
     """
 
     def __init__(self, buckets: list[list[int]], weights: list[float], device: torch.device) -> None:
-        self._buckets = buckets
+        self.buckets = buckets
         self._weights = weights
         self._device = device
         self._lock = threading.Lock()
         self._arrived: list[dict[int, list[Grad]]] = [{} for _ in buckets]
         self._reduced: dict[int, list[Grad]] = {}
         self._spoiled: set[int] = set()
-
-    def sender(self, tower: int, leaves: Sequence[Grad]) -> Sender:
-        """What watches tower ``tower``'s leaves and sends its buckets."""
-        return Sender(self, tower, leaves, self._buckets)
 
     def send(self, bucket: int, tower: int, grads: list[Grad]) -> None:
         """Note that a tower has filled a bucket; if it was the last one missing, fetch and reduce them all."""
@@ -84,7 +80,7 @@ class Collection:
             The reduced gradient of each parameter, None where no tower has one.
         """
         results: list[Grad] = [None] * num_parameters
-        for bucket, indices in enumerate(self._buckets):
+        for bucket, indices in enumerate(self.buckets):
             reduced = self._reduced.pop(bucket, None)
             if reduced is None or bucket in self._spoiled:
                 reduced = self._reduce([[grads[index] for index in indices] for grads in local_grads])
@@ -99,12 +95,20 @@ class Collection:
 
 
 class Sender:
-    """Sends a tower's buckets as its backward fills them; used in that tower's thread alone."""
+    """Sends a tower's buckets as its backward fills them; used in that tower's thread alone.
 
-    def __init__(self, collection: Collection, tower: int, leaves: Sequence[Grad], buckets: list[list[int]]) -> None:
+    Args:
+        collection: where to.
+        tower: whose.
+        leaves: the tower's, in the order that the buckets' indices count in.
+    """
+
+    def __init__(self, collection: Collection, tower: int, leaves: Sequence[Grad]) -> None:
         self._collection = collection
         self._tower = tower
-        self._buckets = [[leaf for index in bucket if (leaf := leaves[index]) is not None] for bucket in buckets]
+        self._buckets = [
+            [leaf for index in bucket if (leaf := leaves[index]) is not None] for bucket in collection.buckets
+        ]
         self._bucket_of = {id(leaf): bucket for bucket, leaves in enumerate(self._buckets) for leaf in leaves}
         self._missing = [{id(leaf) for leaf in leaves} for leaves in self._buckets]
 

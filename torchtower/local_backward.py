@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -30,111 +30,100 @@ def root_of(output: Grad) -> Root | None:
     return Root(get_gradient_edge(output), output.device)
 
 
-class _Local:
-    """What a backward of either kind starts from.
+def local_backward(
+    roots: Sequence[Root | None],
+    grads: Sequence[Grad],
+    leaves: Sequence[Grad],
+    wanted: Sequence[bool],
+    keep_graph: bool,
+    sender: Sender | None,
+) -> list[Grad]:
+    """Go backward at first order, into the leaves.
 
     Args:
         roots: of the tower's graph.
         grads: of these roots; None where none is given.
         leaves: of the tower's graph.
-        wanted: of which leaves gradients are wanted; of a whole backward's, which required them when the forward ran.
+        wanted: which of them required gradients when the forward ran.
         keep_graph: whether the graph may be walked again.
+        sender: what hears of the gradients as they appear, where they must travel.
+
+    Returns:
+        Each leaf's gradient; none is left in the leaves.
     """
-
-    def __init__(
-        self,
-        roots: list[Root | None],
-        grads: list[Grad],
-        leaves: list[Grad],
-        wanted: list[bool],
-        keep_graph: bool,
-    ) -> None:
-        self._pairs = [
-            (root.edge, grad) for root, grad in zip(roots, grads, strict=True) if root is not None and grad is not None
-        ]
-        self._leaves = leaves
-        self._wanted = wanted
-        self._keep_graph = keep_graph
-
-    @contextmanager
-    def _requiring_grad(self, flags: list[bool]) -> Iterator[None]:
-        """Within this context leaves have these flags; the user may have frozen or thawed parameters since."""
-        now = requires_grad(self._leaves)
+    edges, given = _given(roots, grads)
+    if not edges:
+        return [None] * len(leaves)
+    with _going_backward(leaves, wanted):
         try:
-            _set_requires_grad(self._leaves, now, flags)
-            yield
+            with nullcontext() if sender is None else sender.watching():
+                # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
+                _engine.run_backward(edges, given, keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
+            return [None if leaf is None else leaf.grad for leaf in leaves]
         finally:
-            _set_requires_grad(self._leaves, flags, now)
+            for leaf in leaves:
+                if leaf is not None:
+                    leaf.grad = None
 
 
-class LocalBackward(_Local):
-    """A first-order backward, into the tower's leaves.
+def local_grad(
+    roots: Sequence[Root | None],
+    grads: Sequence[Grad],
+    leaves: Sequence[Grad],
+    wanted: Sequence[bool],
+    keep_graph: bool,
+) -> list[Grad]:
+    """Go backward to some leaves and accumulate nothing; the gradients have graphs of their own where grad mode is on.
 
     Args:
-        roots: as of `_Local`, and so are the next four.
-        grads: see ``roots``.
-        leaves: see ``roots``.
-        wanted: see ``roots``.
-        keep_graph: see ``roots``.
-        sender: what hears of the gradients as they appear, where they must travel.
+        roots: as of `local_backward`.
+        grads: likewise.
+        leaves: likewise.
+        wanted: of which of them gradients are wanted.
+        keep_graph: whether the graph may be walked again.
+
+    Returns:
+        Each leaf's gradient, None where none is wanted.
     """
-
-    def __init__(
-        self,
-        roots: list[Root | None],
-        grads: list[Grad],
-        leaves: list[Grad],
-        wanted: list[bool],
-        keep_graph: bool,
-        sender: Sender | None,
-    ) -> None:
-        super().__init__(roots, grads, leaves, wanted, keep_graph)
-        self._sender = sender
-
-    def __call__(self) -> list[Grad]:
-        """Go backward; return each leaf's gradient, and leave none in the leaves."""
-        if not self._pairs:
-            return [None] * len(self._leaves)
-        roots, grads = zip(*self._pairs, strict=True)
-        # The node runs in the engine's thread of the main device; with that engine's threads the main tower's graph
-        # would wait for the very thread that waits for it.
-        with torch.autograd.set_multithreading_enabled(False), self._requiring_grad(self._wanted):
-            try:
-                with nullcontext() if self._sender is None else self._sender.watching():
-                    # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
-                    _engine.run_backward(
-                        roots, grads, self._keep_graph, False, (), allow_unreachable=True, accumulate_grad=True
-                    )
-                return [None if leaf is None else leaf.grad for leaf in self._leaves]
-            finally:
-                for leaf in self._leaves:
-                    if leaf is not None:
-                        leaf.grad = None
+    results: list[Grad] = [None] * len(leaves)
+    edges, given = _given(roots, grads)
+    inputs = {i: leaf for i, (leaf, flag) in enumerate(zip(leaves, wanted, strict=True)) if flag and leaf is not None}
+    if edges and inputs:
+        flags = [flag or now for flag, now in zip(wanted, requires_grad(leaves), strict=True)]
+        with _going_backward(leaves, flags):
+            found = torch.autograd.grad(
+                edges,
+                list(inputs.values()),
+                given,
+                retain_graph=keep_graph,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        for index, grad in zip(inputs, found, strict=True):
+            results[index] = grad
+    return results
 
 
-class LocalGrad(_Local):
-    """A backward that gives gradients instead of accumulating them: of some leaves, or with graphs of their own."""
+def _given(roots: Sequence[Root | None], grads: Sequence[Grad]) -> tuple[tuple[GradientEdge, ...], tuple[Tensor, ...]]:
+    """Where the backward begins, and with what."""
+    pairs = [(r.edge, grad) for r, grad in zip(roots, grads, strict=True) if r is not None and grad is not None]
+    return tuple(edge for edge, _ in pairs), tuple(grad for _, grad in pairs)
 
-    def __call__(self) -> list[Grad]:
-        """Go backward; return each wanted leaf's gradient, with its graph where grad mode is on."""
-        results: list[Grad] = [None] * len(self._leaves)
-        leaves = zip(self._leaves, self._wanted, strict=True)
-        wanted = {index: leaf for index, (leaf, flag) in enumerate(leaves) if flag and leaf is not None}
-        if self._pairs and wanted:
-            roots, grads = zip(*self._pairs, strict=True)
-            flags = [flag or now for flag, now in zip(self._wanted, requires_grad(self._leaves), strict=True)]
-            with torch.autograd.set_multithreading_enabled(False), self._requiring_grad(flags):
-                found = torch.autograd.grad(
-                    roots,
-                    list(wanted.values()),
-                    grads,
-                    retain_graph=self._keep_graph,
-                    create_graph=torch.is_grad_enabled(),
-                    allow_unused=True,
-                )
-            for index, grad in zip(wanted, found, strict=True):
-                results[index] = grad
-        return results
+
+@contextmanager
+def _going_backward(leaves: Sequence[Grad], flags: Sequence[bool]) -> Iterator[None]:
+    """Within this context leaves require gradients as told; the user may have frozen or thawed parameters since.
+
+    A bridge's node runs in the engine's thread of the main device: with that engine's threads the main tower's graph
+    would wait for the very thread that waits for it.
+    """
+    now = requires_grad(leaves)
+    with torch.autograd.set_multithreading_enabled(False):
+        try:
+            _set_requires_grad(leaves, now, flags)
+            yield
+        finally:
+            _set_requires_grad(leaves, flags, now)
 
 
 def writable(leaf: Tensor) -> Tensor:
@@ -211,12 +200,12 @@ def _is_leaf(node: Any) -> bool:
     return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
 
 
-def requires_grad(leaves: list[Grad]) -> list[bool]:
+def requires_grad(leaves: Sequence[Grad]) -> list[bool]:
     """Of each leaf whether it does now; False where there is none."""
     return [leaf is not None and leaf.requires_grad for leaf in leaves]
 
 
-def _set_requires_grad(leaves: list[Grad], before: list[bool], after: list[bool]) -> None:
+def _set_requires_grad(leaves: Sequence[Grad], before: Sequence[bool], after: Sequence[bool]) -> None:
     if before == after:  # nearly always
         return
     for leaf, old, new in zip(leaves, before, after, strict=True):
