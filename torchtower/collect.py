@@ -24,7 +24,7 @@ from torchtower.devices import move
 from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
 
 
-def cut_buckets(parameters: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+def cut_buckets(parameters: Sequence[Tensor]) -> list[list[int]]:
     """Indices of the parameters that need gradients, last first, cut where a bucket is full or the dtype changes."""
     buckets: list[list[int]] = []
     size = 0
@@ -32,7 +32,7 @@ def cut_buckets(parameters: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES) 
         parameter = parameters[index]
         if not parameter.requires_grad:
             continue
-        if not buckets or size >= bucket_bytes or parameters[buckets[-1][-1]].dtype != parameter.dtype:
+        if not buckets or size >= BUCKET_BYTES or parameters[buckets[-1][-1]].dtype != parameter.dtype:
             buckets.append([])
             size = 0
         buckets[-1].append(index)
