@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, in_threads, mlp, twins, wrap
 from tests.modules import Scaled
 from torchtower import TowerParallel
+from torchtower.held import HeldGradients
 
 Net = nn.Module
 
@@ -203,6 +205,25 @@ def test_gradients_kept_back_wait_for_the_next_backward_into_the_parameters(
     for net in (plain, wrapped):  # and go there once
         net(batch(8, seed=3)).sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+def test_two_threads_backwards_keep_theirs_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, inside, overlaps = HeldGradients.keep, [0], []
+
+    def keep_slowly(self: HeldGradients, *args: Any, **options: Any) -> Any:
+        overlaps.append(inside[0])
+        inside[0] += 1
+        time.sleep(0.1)
+        local = keep(self, *args, **options)
+        inside[0] -= 1
+        return local
+
+    monkeypatch.setattr(HeldGradients, "keep", keep_slowly)
+    wrapped = wrap(mlp(), 2)
+    with wrapped.no_sync():
+        losses = [wrapped(batch(8, seed=seed)).sum() for seed in range(2)]
+        in_threads(*[loss.backward for loss in losses])
+    assert overlaps == [0, 0]
 
 
 def test_no_sync_lasts_though_the_towers_are_made_anew_within_it() -> None:

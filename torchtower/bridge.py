@@ -120,11 +120,6 @@ class Bridge:
         self._roots: list[list[Root | None]] | None = None
         family.bridges.append(weakref.ref(self))
 
-    @property
-    def streams(self) -> Streams:
-        """What the forward worked on."""
-        return self._family.streams
-
     def connect(self, main_inputs: Sequence[Tensor], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Join the local outputs and give them their place in the user's graph.
 
@@ -162,6 +157,10 @@ class Bridge:
                 "TowerParallel: expected the backward of a wrapped module's output outside of its towers, but it was "
                 "started in the forward of one; detach what an earlier forward left behind"
             )
+        with self._family.pool.lock, self._family.streams.current():
+            return self._backward(main_inputs, asked, grads)
+
+    def _backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         family = self._family
         family.freshness.on_backward()
         family.aliases.pass_on_writes()
@@ -291,8 +290,7 @@ class _BridgeNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
-        with ctx.bridge.streams.current():
-            return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx.next_functions), grads))
+        return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx.next_functions), grads))
 
 
 def _at(part: Grad, root: Root | None) -> Grad:

@@ -303,8 +303,7 @@ class Towers:
         return [source for source, _ in used], leaves
 
     def _keep_what_backward_wrote(self) -> None:
-        with self.pool.lock:
-            self._written_to += keep_what_backward_wrote(self._replicas[0])
+        self._written_to += keep_what_backward_wrote(self._replicas[0])
 
 
 class _MisplacedModuleError(ValueError, RuntimeError):

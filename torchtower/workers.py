@@ -34,8 +34,8 @@ class TowerPool:
         devices: one a tower, in tower order.
         max_concurrency: how many towers work at once; the others take their turns in tower order. None: as many as
             the machine has cores. It changes no bit of any result.
-        lock: the wrapper's, held by whoever works with the replicas: no forward changes them while a backward runs in
-            them, and what towers leave behind is their caller's.
+        lock: the wrapper's, held during every forward and every backward as a whole: none changes the replicas while
+            another runs in them, and what towers leave behind is its caller's.
     """
 
     def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None, lock: threading.RLock) -> None:
@@ -64,6 +64,8 @@ class TowerPool:
     def run(self, jobs: Sequence[Job], *, in_turn: bool = False, weights: Sequence[float] | None = None) -> list[Any]:
         """Do ``jobs[t]`` in tower ``t``'s thread, all at once as far as `max_concurrency` allows.
 
+        The caller holds `lock`.
+
         Args:
             jobs: one a tower; a list that ends early leaves the last towers out.
             in_turn: one tower after the other.
@@ -82,24 +84,23 @@ class TowerPool:
             raise RuntimeError("TowerParallel: expected to be used before the interpreter shuts down")
         state = ThreadState(self.devices)
         seeds = Seeds(self.devices[0])
-        with self.lock:
-            self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
-            try:
-                threads = self._started()
-                starts = [functools.partial(threads[t].do, job, state, seeds) for t, job in enumerate(jobs)]
-                if self._last_round_s > _LONG_ROUND_S:
-                    _send_team_home()
-                began_s = time.perf_counter()
-                round_ = Round(starts, weights)
-                with without_parametrization_cache():
-                    interrupt = round_.run(1 if in_turn else self.max_concurrency)
-            finally:
-                self._running = False
-            self.has_met = round_.has_met
-            self._last_round_s = time.perf_counter() - began_s
-            seeds.move_on()
-            if self._closed:  # the backward of an output that has outlived the wrapper
-                self._end_threads()
+        self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
+        try:
+            threads = self._started()
+            starts = [functools.partial(threads[t].do, job, state, seeds) for t, job in enumerate(jobs)]
+            if self._last_round_s > _LONG_ROUND_S:
+                _send_team_home()
+            began_s = time.perf_counter()
+            round_ = Round(starts, weights)
+            with without_parametrization_cache():
+                interrupt = round_.run(1 if in_turn else self.max_concurrency)
+        finally:
+            self._running = False
+        self.has_met = round_.has_met
+        self._last_round_s = time.perf_counter() - began_s
+        seeds.move_on()
+        if self._closed:  # the backward of an output that has outlived the wrapper
+            self._end_threads()
         torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error()) is not None:
             try:
