@@ -7,18 +7,18 @@ output of its tower, and it is what came out there that the user finds in its pl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad
-from torchtower.local_backward import towers_behind
+from torchtower.local_backward import is_untouched, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.ports import Port
 from torchtower.replicate import Replica, Written, write_back
-from torchtower.rewrite import container_of
-from torchtower.scatter_gather import tensors_in
+from torchtower.rewrite import container_of, tensors_within
 
 
 class LeftBehind:
@@ -35,7 +35,8 @@ class LeftBehind:
         self._main = replicas[0]
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
-        self._tensors = [(0, tensor) for tensor in _with_graph(self._written)]
+        self._known = _sources(self._main)
+        self._tensors = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in self._known]
         self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
 
     def ports(self) -> list[Port]:
@@ -56,7 +57,7 @@ class LeftBehind:
             The modules that were written to.
         """
         connected: dict[int, Any] = {id(local): main for (_, local), main in zip(self._tensors, values, strict=True)}
-        modules = _write_to_original(self._main, self._written, connected)
+        modules = _write_to_original(self._main, self._written, self._known | connected)
         if modules and not any(map(_is_structural, self._written)):
             self._original.remember()
         put_connected([slot for slot, _, _ in self._kept], connected)
@@ -71,7 +72,15 @@ def keep_what_backward_wrote(main: Replica) -> list[nn.Module]:
     Returns:
         The modules that were written to.
     """
-    return _write_to_original(main, [item for item in main.take_written() if not _with_graph([item])], {})
+    known = _sources(main)
+    written = [item for item in main.take_written() if known.keys() >= {id(tensor) for tensor in _with_graph([item])}]
+    return _write_to_original(main, written, known)
+
+
+def _sources(main: Replica) -> dict[int, Any]:
+    """The user's tensors with a graph that attributes hold as before, by the ids of what the replica has for them."""
+    links = [link for link in main.links() if is_untouched(link.twin)]
+    return {id(link.twin): source for link in links if (source := link.source()) is not None}
 
 
 def _write_to_original(main: Replica, written: list[Written], connected: dict[int, Any]) -> list[nn.Module]:
@@ -105,7 +114,7 @@ def _kept_outside(
 
 
 def _with_graph(written: Sequence[Written]) -> list[Tensor]:
-    tensors = tensors_in([item.value for item in written])
+    tensors = chain.from_iterable(tensors_within(item.value) for item in written)
     return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
 
 

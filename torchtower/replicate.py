@@ -57,10 +57,11 @@ class Written(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A tensor with a graph in an attribute, and the leaf that stands for it in this replica."""
+    """A tensor with a graph in an attribute, this replica's leaf for it, and what the replica has in its place."""
 
     source: weakref.ref[Tensor]
     leaf: Tensor
+    twin: Tensor
 
 
 class Replica:
@@ -187,8 +188,9 @@ class Replica:
             # What a forward of ours has left is mostly overwritten by the next: not worth a way to another device.
             if leaf.device == self._original.device and not is_bridged(source):
                 leaf = move(leaf, self.device)
-            self._to_replica.add(source, writable(leaf.requires_grad_()))
-        return Link(weakref.ref(source), leaf)
+            twin = writable(leaf.requires_grad_())
+        self._to_replica.add(source, twin)
+        return Link(weakref.ref(source), leaf, twin)
 
     def links(self) -> list[Link]:
         """All of them, in the same order in every replica."""
@@ -251,7 +253,7 @@ class Replica:
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""
-        back = Translation()
+        back = Translation(deep=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             back.add(self._to_replica.get(source), source)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy as copying
 import dataclasses
 import functools
+import sys
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, MutableMapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = (*_DICTS, list, set, deque)
 # A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
 _SMALL = 1024
+_MANY = 4096  # objects, after which a search is given up
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
 
 
@@ -68,10 +72,12 @@ class Translation:
     Args:
         copy_containers: copy small containers even where nothing in them is translated, so that what one side adds
             to them does not reach the other. Those that functions refer to stay shared: a hook may collect there.
+        deep: look into objects of any class, which a forward may have made for what it leaves behind.
     """
 
-    def __init__(self, *, copy_containers: bool = False) -> None:
+    def __init__(self, *, copy_containers: bool = False, deep: bool = False) -> None:
         self._copy_containers = copy_containers
+        self._deep = deep
         self._table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self._records: _Records = weakref.WeakValueDictionary()
         # The records met since this was replaced: as long as somebody holds on to one, its copy stays the same.
@@ -98,7 +104,7 @@ class Translation:
             return entry[1]
         if isinstance(value, (Tensor, nn.Module)):
             return value
-        return _Copy(self._table, self._records, self.met, value).of(value, self._copy_containers)
+        return _Copy(self._table, self._records, self.met, self._deep, value).of(value, self._copy_containers)
 
 
 class _Copy:
@@ -108,13 +114,23 @@ class _Copy:
         table: as of `Translation`.
         records: by their ids.
         met: gets those that are in the value.
+        deep: as of `Translation`.
         root: the value.
     """
 
-    def __init__(self, table: dict[int, tuple[Any, Any]], records: _Records, met: list[_Record], root: Any) -> None:
+    def __init__(
+        self,
+        table: dict[int, tuple[Any, Any]],
+        records: _Records,
+        met: list[_Record],
+        deep: bool,
+        root: Any,
+    ) -> None:
         self._table = table
         self._records = records
         self._met = met
+        self._parts_of = _all_parts_of if deep else _parts_of
+        self._most = _MANY if deep else sys.maxsize
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
 
@@ -123,9 +139,9 @@ class _Copy:
         holders_of: dict[int, list[int]] = {id(root): []}
         leading: set[int] = set()
         pending = [root]
-        while pending:
+        while pending and len(holders_of) < self._most:
             holder = pending.pop()
-            for part in () if id(holder) in self._table else _parts_of(holder) or ():
+            for part in () if id(holder) in self._table else self._parts_of(holder) or ():
                 if id(part) in self._table:
                     leading.add(id(holder))
                 elif id(part) in holders_of:
@@ -156,12 +172,27 @@ class _Copy:
             self._done[id(value)] = self._record(value, copy)
         elif type(value) in _CONTAINERS:
             self._done[id(value)] = copying.copy(value)  # keeps a default_factory, a maxlen
-            _refill(self._done[id(value)], [self.of(part, copy) for part in _parts_of(value) or ()])
+            _refill(self._done[id(value)], [self.of(part, copy) for part in self._parts_of(value) or ()])
         elif isinstance(value, types.FunctionType):
             self._done[id(value)] = self._function(value)
+        elif _parts_of(value) is None:
+            self._done[id(value)] = self._foreign(value)
         else:
             self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in _parts_of(value) or ()])
         return self._done[id(value)]
+
+    def _foreign(self, value: Any) -> Any:
+        """A copy as its class makes it, with some entries and attributes exchanged."""
+        try:
+            twin = copying.copy(value)
+        except Exception:  # not to be copied: the user's own object then, as it is
+            return value
+        self._done[id(value)] = twin
+        for into, key, part in _entries(value):
+            translated = self.of(part, False)
+            if translated is not part:
+                (twin if into == "items" else vars(twin))[key] = translated
+        return twin
 
     def _record(self, value: Any, copy: bool) -> Any:
         record = self._records.get(id(value))
@@ -240,6 +271,39 @@ def _parts_of(value: Any) -> list[Any] | None:
     if kind is weakref.WeakMethod:  # makes a new method at each call
         return [getattr(value(), "__self__", None)]
     return list(vars(value).values()) if _is_record(value) else None
+
+
+def _all_parts_of(value: Any) -> list[Any] | None:
+    """As `_parts_of`, and of whatever else has entries or attributes."""
+    parts = _parts_of(value)
+    if parts is not None or isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
+        return parts
+    return [part for _, _, part in _entries(value)]
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What a foreign object holds: among its items or its attributes, under which key, and what."""
+    if isinstance(value, MutableMapping):
+        yield from (("items", key, part) for key, part in list(islice(value.items(), _SMALL)))
+    elif isinstance(value, (list, deque)):
+        yield from (("items", index, part) for index, part in enumerate(islice(value, _SMALL)))
+    if type(attributes := getattr(value, "__dict__", None)) is dict:
+        yield from (("attributes", name, part) for name, part in list(attributes.items()))
+
+
+def tensors_within(value: Any) -> list[Tensor]:
+    """The tensors in what a forward has left behind, however deep; of a large program of objects the first ones."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    pending = [value]
+    while pending and len(seen) < _MANY:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif type(part) not in _ATOMS and id(part) not in seen:
+            seen.add(id(part))
+            pending.extend(_all_parts_of(part) or ())
+    return found
 
 
 def _refill(container: Any, parts: list[Any]) -> None:
