@@ -54,7 +54,7 @@ def local_backward(
     edges, given = _given(roots, grads)
     if not edges:
         return [None] * len(leaves)
-    with _going_backward(leaves, wanted):
+    with _requiring_grad(leaves, wanted):
         try:
             with nullcontext() if sender is None else sender.watching():
                 # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
@@ -90,7 +90,7 @@ def local_grad(
     inputs = {i: leaf for i, (leaf, flag) in enumerate(zip(leaves, wanted, strict=True)) if flag and leaf is not None}
     if edges and inputs:
         flags = [flag or now for flag, now in zip(wanted, requires_grad(leaves), strict=True)]
-        with _going_backward(leaves, flags):
+        with _requiring_grad(leaves, flags):
             found = torch.autograd.grad(
                 edges,
                 list(inputs.values()),
@@ -111,19 +111,14 @@ def _given(roots: Sequence[Root | None], grads: Sequence[Grad]) -> tuple[tuple[G
 
 
 @contextmanager
-def _going_backward(leaves: Sequence[Grad], flags: Sequence[bool]) -> Iterator[None]:
-    """Within this context leaves require gradients as told; the user may have frozen or thawed parameters since.
-
-    A bridge's node runs in the engine's thread of the main device: with that engine's threads the main tower's graph
-    would wait for the very thread that waits for it.
-    """
+def _requiring_grad(leaves: Sequence[Grad], flags: Sequence[bool]) -> Iterator[None]:
+    """Within this context leaves require gradients as told; the user may have frozen or thawed parameters since."""
     now = requires_grad(leaves)
-    with torch.autograd.set_multithreading_enabled(False):
-        try:
-            _set_requires_grad(leaves, now, flags)
-            yield
-        finally:
-            _set_requires_grad(leaves, flags, now)
+    try:
+        _set_requires_grad(leaves, now, flags)
+        yield
+    finally:
+        _set_requires_grad(leaves, flags, now)
 
 
 def writable(leaf: Tensor) -> Tensor:

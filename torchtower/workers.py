@@ -186,6 +186,9 @@ def _work(
     become_tower(tower_index)
     torch.get_num_threads()  # a thread's lazy initialisation would undo the next line later
     torch.set_num_threads(intra_op_threads)
+    # A bridge's node runs in the engine's thread of the main device and waits there for the towers: what a tower sends
+    # backward, in its own backward or within a forward, would wait for that very thread.
+    torch.autograd.set_multithreading_enabled(False)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     ready.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +24,8 @@ from tests.accelerator.towers import (
     twins,
 )
 from tests.helpers import in_threads
-from tests.modules import Checkpointed, Recurrent
-from torchtower import TowerParallel
+from tests.modules import Checkpointed, OneLayer, Recurrent, TrainedWithin
+from torchtower import TowerParallel, current_tower
 
 where_inputs_lie = pytest.mark.parametrize("place", ["cpu", "main", "other"])
 
@@ -158,6 +160,38 @@ def test_forward_and_backward_from_several_threads_at_once_end(devices: list[int
     for seed in range(3):
         plain(rows(6, seed=seed)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+@every_layout
+def test_a_backward_within_a_forward_ends_though_another_threads_backward_waits(devices: list[int]) -> None:
+    inside = threading.Event()
+
+    class Slow(TrainedWithin):
+        def forward(self, x: Tensor) -> Tensor:
+            if inside.is_set():
+                time.sleep(0.2)  # the other backward has begun by then
+            inside.set()
+            return super().forward(x)
+
+    wrapped = TowerParallel(Slow().double().to(device(devices[0])), device_ids=devices)
+    loss = wrapped(rows(6)).sum()
+    in_threads(lambda: wrapped(rows(6)), loss.backward)
+
+
+@every_layout
+def test_a_backward_from_a_forward_through_an_earlier_call_is_refused(devices: list[int]) -> None:
+    earlier: list[Tensor] = []
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            if earlier and current_tower() == 0:
+                earlier.pop().backward()
+            return self.fc(x)
+
+    wrapped = TowerParallel(Net().double().to(device(devices[0])), device_ids=devices)
+    earlier.append(wrapped(rows(6)).sum())
+    with pytest.raises(RuntimeError, match="started in the forward of one"):
+        wrapped(rows(6))
 
 
 def test_two_wrappers_on_opposite_main_devices_go_backward_at_once() -> None:
