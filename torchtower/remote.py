@@ -28,13 +28,20 @@ class RemoteStorage:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buckets: list[Bucket] = []
+        self._laid_out: list[Any] = []
+        self._storages: list[Tensor] = []
 
     def lay_out(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Make room for ``parameters``, each with its own strides; what is in the room comes with `refresh`.
 
+        The room stays where they are the same, as alike, as last time.
+
         Returns:
             One tensor a parameter, whose storage is a part of a bucket.
         """
+        alike = [(id(p), p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in parameters]
+        if alike == self._laid_out:
+            return self._storages
         # Frozen parameters apart: they are copied once, however often the others are.
         storages: dict[int, Tensor] = {}
         self._buckets = []
@@ -44,7 +51,9 @@ class RemoteStorage:
                 # .data: a later refresh must not invalidate the graphs of this bucket's other parameters
                 storages[id(parameter)] = view.data
             self._buckets.append(Bucket(flat, bucket))
-        return [storages[id(p)] for p in parameters]
+        self._laid_out = alike
+        self._storages = [storages[id(p)] for p in parameters]
+        return self._storages
 
     def refresh(self, stale: bool) -> None:
         """Copy the parameters that may have changed.

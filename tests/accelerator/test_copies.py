@@ -103,6 +103,25 @@ def test_a_frozen_parameter_is_copied_once(simulated: types.ModuleType) -> None:
         assert parameters_sent(simulated, wrapped, 8) == (1, trainable)
 
 
+def test_a_frozen_parameter_is_copied_once_though_every_forward_leaves_tensors_in_a_list(
+    simulated: types.ModuleType,
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.cache = nn.Linear(3, 64).requires_grad_(False), [torch.zeros(1)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(x)
+            self.cache = [out.mean().detach()]
+            return out
+
+    plain, wrapped = twins(Net(), [0, 1])
+    assert parameters_sent(simulated, wrapped)[1] >= bytes_of(plain)
+    for _ in range(2):
+        assert parameters_sent(simulated, wrapped)[1] <= 16  # what is in the list, like buffers
+
+
 def test_a_frozen_parameter_that_was_written_to_is_copied_again(simulated: types.ModuleType) -> None:
     net = mlp()
     net.requires_grad_(False)
