@@ -103,11 +103,6 @@ def _existing(
     )
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """What moves when a tensor is written to; None of an inference tensor, which has no counter."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """Bring a tensor to a device, without waiting where its own stream orders whoever reads it there.
 

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.devices import move, version_of
+from torchtower.devices import move
 from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
 
 # What is larger is worth a copy of its own, and not worth a second copy on either side.
 _SMALL_BYTES = 2**20
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """What moves when a tensor is written to; None of an inference tensor, which has no counter."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class RemoteStorage:

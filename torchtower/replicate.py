@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchtower.devices import move, version_of
+from torchtower.devices import move
 from torchtower.local_backward import is_bridged, writable
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
-from torchtower.remote import RemoteStorage, copy_together
+from torchtower.remote import RemoteStorage, copy_together, version_of
 from torchtower.rewrite import Translation, container_of
 from torchtower.scripted import install, is_scripted, twin_of
 
