@@ -1,9 +1,10 @@
-"""The tower dimension by hand: look at every tower's gradients, reject one, average the others.
+"""The tower dimension in hand: look at every tower's gradients, reject one, average the others.
 
     python examples/average_gradients.py
 
-Four towers share a batch; one of them has broken labels. Its gradients disagree with the others', which
-`stack_gradients` lets one see, and a weight of 0 keeps them out of the mean.
+Four towers share a batch; one of them has broken labels. Each takes the gradients of its own loss, in parallel, and
+leaves them in a list. The broken tower's disagree with the others', which `stack_gradients` lets one see, and a weight
+of 0 keeps them out of the mean.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtower import average_gradients, stack_gradients
+from torchtower import TowerParallel, average_gradients, current_tower, stack_gradients
 
 NUM_TOWERS = 4
+TowerGrads = list[list[tuple[torch.Tensor, nn.Parameter]]]
 
 
-def disagreement(tower_grads: list[list[tuple[torch.Tensor, nn.Parameter]]]) -> torch.Tensor:
+def agreement(tower_grads: TowerGrads) -> torch.Tensor:
     """Each tower's cosine to the median of all towers. Shape: ``[num_towers]``."""
     stacked = [grad.flatten(1) for grad, _ in stack_gradients(tower_grads)]  # each [num_towers, numel]
     whole = torch.cat(stacked, dim=1)
@@ -28,18 +30,24 @@ def main() -> None:
     """Train for 30 steps and print what was seen."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
+    model = TowerParallel(net, device_ids=["cpu"] * NUM_TOWERS)
     params = list(net.parameters())
     optimizer = torch.optim.SGD(params, lr=0.5)
     inputs = torch.randn(256, 10)
     labels = (inputs.sum(dim=1) > 0).long()
     noisy = labels.clone()
     noisy[192:] = 1 - noisy[192:]  # the last tower's rows are labelled wrongly
+    tower_grads: TowerGrads = [[] for _ in range(NUM_TOWERS)]
+
+    def loss_fn(replica: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(replica(x), y)
+        grads = torch.autograd.grad(loss, list(replica.parameters()))  # in the order of net's parameters
+        tower_grads[current_tower() or 0] = list(zip(grads, params, strict=True))
+        return loss.detach()  # its gradients have been taken
+
     for step in range(30):
-        tower_grads = []
-        for x, y in zip(inputs.chunk(NUM_TOWERS), noisy.chunk(NUM_TOWERS), strict=True):
-            loss = F.cross_entropy(net(x), y)
-            tower_grads.append(list(zip(torch.autograd.grad(loss, params), params, strict=True)))
-        agrees = disagreement(tower_grads) > 0
+        model.tower_loss(loss_fn, inputs, noisy)
+        agrees = agreement(tower_grads) > 0
         for mean, param in average_gradients(tower_grads, weights=agrees.float().tolist()):
             param.grad = mean
         optimizer.step()

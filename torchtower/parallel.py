@@ -287,8 +287,9 @@ class TowerParallel(Steps[Module]):
 
         The first backward of a forward outside of it reduces all that was kept back, together with its own, into
         ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
-        stays untouched until then (with one tower nothing is kept back). Gradients kept back are dropped by this
-        module's `zero_grad`, but no optimizer's ``zero_grad`` knows of them.
+        stays untouched until then (with one tower nothing is kept back, and nothing of a backward with
+        ``create_graph=True``). Gradients kept back are dropped by this module's `zero_grad`, but no optimizer's
+        ``zero_grad`` knows of them.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
