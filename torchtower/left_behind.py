@@ -119,8 +119,12 @@ def _with_graph(written: Sequence[Written]) -> list[Tensor]:
 
 
 def _is_structural(written: Written) -> bool:
-    """Whether the replicas must be made anew: they would share what they do not know."""
+    """Whether the module must be looked at anew: replicas would share what they do not know."""
     values = written.value if written.name is None else [written.value]
     return written.place.kind == "structure" or any(
-        isinstance(value, nn.Module) or container_of(value) is not None for value in values
+        value.grad_fn is None if isinstance(value, Tensor) else _is_followed(value) for value in values
     )
+
+
+def _is_followed(value: Any) -> bool:
+    return isinstance(value, nn.Module) or container_of(value) is not None

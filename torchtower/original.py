@@ -120,7 +120,7 @@ class Original:
         """What has changed since this was last asked.
 
         Returns:
-            The modules whose attributes or hooks have; None where modules, parameters or buffers themselves have come,
+            The modules whose attributes, buffers or hooks have; None where modules or parameters themselves have come,
             gone, moved or changed their ``requires_grad``, and all was discovered anew.
         """
         if self._facts() != self._known_facts:
@@ -129,14 +129,11 @@ class Original:
         changed = [self.modules[index] for index in self._watch.changed()]
         if not changed:
             return []
-        before = self._everything()
+        before = [*self.modules, None, *self.parameters]
         self.discover()
-        after = self._everything()
+        after = [*self.modules, None, *self.parameters]
         same = len(before) == len(after) and all(map(is_, before, after))
         return changed if same else None
-
-    def _everything(self) -> list[object]:
-        return [*self.modules, None, *self.parameters, None, *self.buffers]
 
     def remember(self) -> None:
         """Take changes of our own making for seen."""

@@ -105,17 +105,27 @@ class Replica:
             self._to_replica.add(module, twin)
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
-            self.buffers = [
-                buffer if self._is_main else _copy_of(buffer, before.get(buffer), self.device)
-                for buffer in self._original.buffers
-            ]
-        for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
-            self._to_replica.add(buffer, twin)
-            if twin is not buffer:
-                twin.__dict__ = buffer.__dict__  # shared: attributes of tensors may change at any time
+        self._sources: list[Tensor] = []
+        self._make_buffers(before)
         for module in self._original.modules:
             self._install(module)
         self._watch_own()
+
+    def _make_buffers(self, before: Translation) -> None:
+        """Have a twin of each of the original's buffers, that of ``before`` where there was one."""
+        with torch.inference_mode(False), torch.no_grad():
+            twins = [before.get(buffer) for buffer in self._original.buffers]
+            self.buffers = [
+                buffer if self._is_main else buffer.detach().to(self.device, copy=True) if twin is None else twin
+                for buffer, twin in zip(self._original.buffers, twins, strict=True)
+            ]
+        for source in self._sources:
+            self._to_replica.remove(source)
+        self._sources = self._original.buffers
+        for buffer, twin in zip(self._sources, self.buffers, strict=True):
+            self._to_replica.add(buffer, twin)
+            if twin is not buffer:
+                twin.__dict__ = buffer.__dict__  # shared: attributes of tensors may change at any time
 
     def _make_leaves(self, before: Translation) -> list[Tensor]:
         parameters = self._original.parameters
@@ -204,6 +214,8 @@ class Replica:
     def follow(self, changed: Iterable[nn.Module]) -> None:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
         modules = self._original.modules
+        if self._sources is not self._original.buffers:  # discovered anew
+            self._make_buffers(self._to_replica)
         stale = {id(module): module for module in changed}
         if self._links:
             stale.update((id(module), module) for module in modules if id(module) in self._links)
@@ -324,9 +336,3 @@ def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
         leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     leaf.__dict__ = parameter.__dict__  # shared: attributes of tensors may change at any time
     return leaf
-
-
-def _copy_of(buffer: Tensor, earlier: Tensor | None, device: torch.device) -> Tensor:
-    if earlier is not None and earlier.shape == buffer.shape and earlier.dtype == buffer.dtype:
-        return earlier
-    return buffer.detach().to(device, copy=True)

@@ -128,6 +128,7 @@ class Towers:
             for parameter, leaf, flag in zip(parameters, leaves, now, strict=True):
                 if not leaf.is_inference():  # which can have no flag
                     parameter.requires_grad_(flag)
+            self._plan_parameters()
             self._original.forget()
 
     def _take_over_data(self) -> None:
@@ -169,8 +170,9 @@ class Towers:
 
     def _follow_changes(self) -> None:
         changes = self._original.changes()
-        if changes is None:
+        if changes != []:
             self._check_device()
+        if changes is None:
             self._in_turn = _is_compiled(self._original.modules)
             self._plan_parameters()
             for replica in self._replicas:

@@ -151,3 +151,45 @@ def test_minus_one_is_nn_data_parallels_word_for_the_cpu() -> None:
     out = wrapped(rows(5))
     assert out.device == torch.device("cpu")
     assert_same_values(out, plain(rows(5)))
+
+
+@every_layout
+def test_a_cache_that_a_forward_makes_anew_is_each_towers_own(devices: list[int]) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cache: Any = None
+            self.listed: list[Any] = [None]
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = x.shape[1]
+            if self.cache is None or len(self.cache) < length:
+                self.cache = torch.arange(length, device=x.device, dtype=x.dtype)
+                self.listed[0] = self.cache + 1
+            return x * self.cache[:length] + self.listed[0][:length]
+
+    plain, wrapped = twins(Positions(), devices)
+    for length in (2, 4, 3, 5, 5):
+        x = rows(6, length)
+        assert_same_values(wrapped(x), plain(x))
+
+
+@every_layout
+def test_a_parameter_that_a_forward_thaws_has_its_gradient_in_that_very_call(devices: list[int]) -> None:
+    class Thawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.calls = nn.Linear(3, 3), nn.Linear(3, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.first.requires_grad_(self.calls % 2 == 0)
+            return self.second(self.first(x).tanh())
+
+    plain, wrapped = twins(Thawing(), devices)
+    for step in range(4):
+        for net in (plain, wrapped):
+            net.zero_grad()
+            sum_of_squares(net(rows(8))).backward()
+        assert (plain.first.weight.grad is not None) is (step % 2 == 1)
+        assert_same_gradients(wrapped, plain)
