@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import threading
@@ -19,7 +18,7 @@ from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import silenced, warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.held import HeldGradients
-from torchtower.local_backward import leaves_of
+from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight
 from torchtower.ports import Port
 from torchtower.rounds import current_tower
 from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
@@ -227,7 +226,7 @@ class TowerParallel(Steps[Module]):
             )
         if self._is_alone():
             batch, kwargs = self._moved((batch, kwargs))
-            loss, weight = _loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
+            loss, weight = loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
             normalized_weights([1.0 if weight is None else weight], 1, "TowerParallel.tower_loss")
             self.tower_losses = [loss.detach()]
             return loss
@@ -243,9 +242,9 @@ class TowerParallel(Steps[Module]):
 
         with self._lock:
             result = self._running().run(call, shards)
-            pairs = [_loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
-            _check_alike(pairs)
-            self._check_once(loss_fn, pairs[0][0])
+            pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
+            check_alike(pairs)
+            check_leads_to_replicas(loss_fn, pairs[0][0], self.module, self._checked)
             given = [weight for _, weight in pairs]
             rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
             raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]
@@ -261,25 +260,6 @@ class TowerParallel(Steps[Module]):
         return mean
 
     _tower_loss_untraced = untraced(_tower_loss_on_towers)
-
-    def _check_once(self, loss_fn: Callable[..., Any], loss: Tensor) -> None:
-        """See at a function's first loss with a graph that it leads to replicas, not to the module itself."""
-        function: Any = loss_fn
-        while isinstance(function, functools.partial):
-            function = function.func
-        code = getattr(function, "__code__", type(function))
-        if code in self._checked or not loss.requires_grad:
-            return
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        for leaf in leaves_of([loss]):
-            if id(leaf) in names:
-                raise ValueError(
-                    "TowerParallel.tower_loss: expected loss_fn to use the replica that it is given, but its loss "
-                    f"depends on the module's own parameter '{names[id(leaf)]}', whose gradient would count in every "
-                    "tower anew; where loss_fn does use it, the module has a way back to itself that replicas cannot "
-                    "follow (docs/drop-in.md)"
-                )
-        self._checked.add(code)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -397,32 +377,6 @@ if hasattr(os, "register_at_fork"):
 
 def _call_module(replica: nn.Module, shard: Any) -> Any:
     return replica(*shard[0], **shard[1])
-
-
-def _loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
-    loss, weight = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.is_floating_point() or loss.is_complex()):
-        got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(
-            "TowerParallel.tower_loss: expected loss_fn to return a floating tensor of one element, or such a loss and "
-            f"its weight, but tower {tower}'s returned {got}"
-        )
-    return loss.reshape(()) if loss.dim() else loss, weight  # a view would cost the graph a node more
-
-
-def _check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
-    (first, weight), *others = pairs
-    for tower, (loss, other) in enumerate(others, 1):
-        if loss.dtype != first.dtype:
-            raise ValueError(
-                f"TowerParallel.tower_loss: expected losses of one dtype, {first.dtype} as tower 0's, but tower "
-                f"{tower}'s is {loss.dtype}"
-            )
-        if (other is None) is not (weight is None):
-            raise ValueError(
-                "TowerParallel.tower_loss: expected loss_fn to return a weight in every tower or in none, but towers 0 "
-                f"and {tower} differ"
-            )
 
 
 def _check_kernels(devices: Sequence[torch.device]) -> None:

@@ -1,0 +1,80 @@
+"""What a loss function returns in each tower: refused before it is averaged if it is not what was meant."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchtower.local_backward import leaves_of
+
+
+def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
+    """The loss, 0-d, and its weight as given or None.
+
+    Raises:
+        ValueError: ``output`` is no floating tensor of one element, nor such a loss and a weight.
+    """
+    loss, weight = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.is_floating_point() or loss.is_complex()):
+        got = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            "TowerParallel.tower_loss: expected loss_fn to return a floating tensor of one element, or such a loss and "
+            f"its weight, but tower {tower}'s returned {got}"
+        )
+    return loss.reshape(()) if loss.dim() else loss, weight  # a view would cost the graph a node more
+
+
+def check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
+    """See that the towers' losses and weights can be averaged.
+
+    Raises:
+        ValueError: losses of several dtypes, or a weight in some towers only.
+    """
+    (first, weight), *others = pairs
+    for tower, (loss, other) in enumerate(others, 1):
+        if loss.dtype != first.dtype:
+            raise ValueError(
+                f"TowerParallel.tower_loss: expected losses of one dtype, {first.dtype} as tower 0's, but tower "
+                f"{tower}'s is {loss.dtype}"
+            )
+        if (other is None) is not (weight is None):
+            raise ValueError(
+                "TowerParallel.tower_loss: expected loss_fn to return a weight in every tower or in none, but towers 0 "
+                f"and {tower} differ"
+            )
+
+
+def check_leads_to_replicas(
+    loss_fn: Callable[..., Any], loss: Tensor, module: nn.Module, checked: weakref.WeakSet[Any]
+) -> None:
+    """See at a function's first loss with a graph that it leads to replicas, not to the module itself.
+
+    Args:
+        loss_fn: the function.
+        loss: what it has returned in a tower.
+        module: the user's.
+        checked: remembers the functions that have passed, by their code, which lambdas made anew at each step share.
+
+    Raises:
+        ValueError: the loss depends on the module's own parameters.
+    """
+    function: Any = loss_fn
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", type(function))
+    if code in checked or not loss.requires_grad:
+        return
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for leaf in leaves_of([loss]):
+        if id(leaf) in names:
+            raise ValueError(
+                "TowerParallel.tower_loss: expected loss_fn to use the replica that it is given, but its loss "
+                f"depends on the module's own parameter '{names[id(leaf)]}', whose gradient would count in every "
+                "tower anew; where loss_fn does use it, the module has a way back to itself that replicas cannot "
+                "follow (docs/drop-in.md)"
+            )
+    checked.add(code)
