@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.outside import Outside
-from torchtower.rewrite import container_of
+from torchtower.parts import container_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.

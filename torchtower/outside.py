@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torchtower.rewrite import cell_content, container_of, is_small_container
+from torchtower.parts import cell_content, container_of, is_small_container
 
 _LAST = 1024
 

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torchtower.devices import move
 from torchtower.local_backward import is_bridged, writable
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
+from torchtower.parts import container_of
 from torchtower.remote import RemoteStorage, copy_together, version_of
-from torchtower.rewrite import Translation, container_of
+from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
 
 # Where a forward may put something new, beside attributes and the containers that they hold.

@@ -8,51 +8,26 @@ closes over the original module: a replica that kept it would silently run the o
 from __future__ import annotations
 
 import copy as copying
-import dataclasses
 import functools
 import sys
 import types
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, MutableMapping
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-_DICTS = (dict, OrderedDict, defaultdict, Counter)
-_CONTAINERS = (*_DICTS, list, set, deque)
-# A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
-_SMALL = 1024
-_MANY = 4096  # objects, after which a search is given up
-_ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
-
-
-def is_small_container(value: Any) -> bool:
-    """Whether ``value`` is a list, dict or the like that towers get copies of."""
-    return type(value) in _CONTAINERS and len(value) <= _SMALL
-
-
-def _is_record(value: Any) -> bool:
-    """Whether ``value`` is a dataclass's or a SimpleNamespace, whose attributes towers get copies of.
-
-    Only of classes that make their objects as Python does: a singleton, an Enum or a dict is something else besides.
-    """
-    kind = type(value)
-    return kind is types.SimpleNamespace or (
-        dataclasses.is_dataclass(kind)
-        and kind.__new__ is object.__new__
-        and not isinstance(value, nn.Module)
-        and type(getattr(value, "__dict__", None)) is dict
-        and not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
-    )
-
-
-def container_of(value: Any) -> Any:
-    """What is watched of an attribute's value: a small list, dict or the like itself, the attributes of a record."""
-    if is_small_container(value):
-        return value
-    return vars(value) if _is_record(value) else None
+from torchtower.parts import (
+    ATOMS,
+    CONTAINERS,
+    MANY,
+    all_parts_of,
+    cell_content,
+    container_of,
+    entries_of,
+    is_plain_tuple,
+    is_record,
+    parts_of,
+)
 
 
 class _Record:
@@ -98,7 +73,7 @@ class Translation:
 
     def __call__(self, value: Any) -> Any:
         """``value`` itself where nothing in it is in the table, else a translated copy of it."""
-        if type(value) in _ATOMS:
+        if type(value) in ATOMS:
             return value
         if (entry := self._table.get(id(value))) is not None:
             return entry[1]
@@ -129,8 +104,8 @@ class _Copy:
         self._table = table
         self._records = records
         self._met = met
-        self._parts_of = _all_parts_of if deep else _parts_of
-        self._most = _MANY if deep else sys.maxsize
+        self._parts_of = all_parts_of if deep else parts_of
+        self._most = MANY if deep else sys.maxsize
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
 
@@ -146,7 +121,7 @@ class _Copy:
                     leading.add(id(holder))
                 elif id(part) in holders_of:
                     holders_of[id(part)].append(id(holder))
-                elif type(part) not in _ATOMS:
+                elif type(part) not in ATOMS:
                     holders_of[id(part)] = [id(holder)]
                     pending.append(part)
         spreading = list(leading)
@@ -158,27 +133,27 @@ class _Copy:
 
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
-        if type(value) in _ATOMS:
+        if type(value) in ATOMS:
             return value
         if (entry := self._table.get(id(value))) is not None:
             return entry[1]
         if id(value) in self._done:
             return self._done[id(value)]
-        copy = copy and (_is_plain_tuple(type(value)) or container_of(value) is not None)
+        copy = copy and (is_plain_tuple(type(value)) or container_of(value) is not None)
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
-        if _is_record(value):
+        if is_record(value):
             self._done[id(value)] = self._record(value, copy)
-        elif type(value) in _CONTAINERS:
+        elif type(value) in CONTAINERS:
             self._done[id(value)] = copying.copy(value)  # keeps a default_factory, a maxlen
             _refill(self._done[id(value)], [self.of(part, copy) for part in self._parts_of(value) or ()])
         elif isinstance(value, types.FunctionType):
             self._done[id(value)] = self._function(value)
-        elif _parts_of(value) is None:
+        elif parts_of(value) is None:
             self._done[id(value)] = self._foreign(value)
         else:
-            self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in _parts_of(value) or ()])
+            self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in parts_of(value) or ()])
         return self._done[id(value)]
 
     def _foreign(self, value: Any) -> Any:
@@ -188,7 +163,7 @@ class _Copy:
         except Exception:  # not to be copied: the user's own object then, as it is
             return value
         self._done[id(value)] = twin
-        for into, key, part in _entries(value):
+        for into, key, part in entries_of(value):
             translated = self.of(part, False)
             if translated is not part:
                 (twin if into == "items" else vars(twin))[key] = translated
@@ -208,7 +183,7 @@ class _Copy:
         return twin
 
     def _immutable(self, value: Any, parts: list[Any]) -> Any:
-        if not _changed(_parts_of(value) or [], parts):
+        if not _changed(parts_of(value) or [], parts):
             return value
         if isinstance(value, functools.partial):
             split = 1 + len(value.args)
@@ -245,67 +220,6 @@ class _Copy:
         return copied
 
 
-def _is_plain_tuple(kind: type) -> bool:
-    return kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
-
-
-def _parts_of(value: Any) -> list[Any] | None:
-    """What a value holds, where copies of such values can be made; None where they cannot."""
-    kind = type(value)
-    if isinstance(value, (Tensor, nn.Module)) or kind is type:
-        return None
-    if kind in _DICTS:
-        return [*value.keys(), *value.values()]
-    if kind in _CONTAINERS or isinstance(value, (tuple, frozenset)):
-        return list(iter(value))  # a subclass may have no length
-    if kind is types.FunctionType:
-        keywords = value.__kwdefaults__ or {}
-        contents = map(cell_content, value.__closure__ or ())
-        return [*contents, *(value.__defaults__ or ()), *keywords.values(), *value.__dict__.values()]
-    if kind is functools.partial:
-        return [value.func, *value.args, *value.keywords.values()]
-    if kind is types.MethodType or (kind is types.BuiltinMethodType and type(value.__self__) in _CONTAINERS):
-        return [value.__self__]
-    if kind is weakref.ref:
-        return [value()]
-    if kind is weakref.WeakMethod:  # makes a new method at each call
-        return [getattr(value(), "__self__", None)]
-    return list(vars(value).values()) if _is_record(value) else None
-
-
-def _all_parts_of(value: Any) -> list[Any] | None:
-    """As `_parts_of`, and of whatever else has entries or attributes."""
-    parts = _parts_of(value)
-    if parts is not None or isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
-        return parts
-    return [part for _, _, part in _entries(value)]
-
-
-def _entries(value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What a foreign object holds: among its items or its attributes, under which key, and what."""
-    if isinstance(value, MutableMapping):
-        yield from (("items", key, part) for key, part in list(islice(value.items(), _SMALL)))
-    elif isinstance(value, (list, deque)):
-        yield from (("items", index, part) for index, part in enumerate(islice(value, _SMALL)))
-    if type(attributes := getattr(value, "__dict__", None)) is dict:
-        yield from (("attributes", name, part) for name, part in list(attributes.items()))
-
-
-def tensors_within(value: Any) -> list[Tensor]:
-    """The tensors in what a forward has left behind, however deep; of a large program of objects the first ones."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    pending = [value]
-    while pending and len(seen) < _MANY:
-        part = pending.pop()
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif type(part) not in _ATOMS and id(part) not in seen:
-            seen.add(id(part))
-            pending.extend(_all_parts_of(part) or ())
-    return found
-
-
 def _refill(container: Any, parts: list[Any]) -> None:
     container.clear()
     if isinstance(container, dict):
@@ -319,11 +233,3 @@ def _refill(container: Any, parts: list[Any]) -> None:
 
 def _changed(before: list[Any], after: list[Any]) -> bool:
     return any(old is not new for old, new in zip(before, after, strict=True))
-
-
-def cell_content(cell: types.CellType) -> Any:
-    """What a function closes over; None of a cell that is not filled yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None

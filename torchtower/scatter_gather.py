@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from torchtower.rewrite import cell_content
+from torchtower.parts import cell_content
 
 
 def tensors_in(value: Any) -> list[Tensor]:

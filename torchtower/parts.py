@@ -1,0 +1,118 @@
+"""What values of any kind hold: the parts by which one thing leads to another."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, MutableMapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+CONTAINERS = (*_DICTS, list, set, deque)
+# A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
+_SMALL = 1024
+MANY = 4096  # objects, after which a search is given up
+ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
+
+
+def is_small_container(value: Any) -> bool:
+    """Whether ``value`` is a list, dict or the like that towers get copies of."""
+    return type(value) in CONTAINERS and len(value) <= _SMALL
+
+
+def is_record(value: Any) -> bool:
+    """Whether ``value`` is a dataclass's or a SimpleNamespace, whose attributes towers get copies of.
+
+    Only of classes that make their objects as Python does: a singleton, an Enum or a dict is something else besides.
+    """
+    kind = type(value)
+    return kind is types.SimpleNamespace or (
+        dataclasses.is_dataclass(kind)
+        and kind.__new__ is object.__new__
+        and not isinstance(value, nn.Module)
+        and type(getattr(value, "__dict__", None)) is dict
+        and not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
+    )
+
+
+def container_of(value: Any) -> Any:
+    """What is watched of an attribute's value: a small list, dict or the like itself, the attributes of a record."""
+    if is_small_container(value):
+        return value
+    return vars(value) if is_record(value) else None
+
+
+def is_plain_tuple(kind: type) -> bool:
+    """Whether copies of such tuples can be made: of tuples and named tuples."""
+    return kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+
+
+def parts_of(value: Any) -> list[Any] | None:
+    """What a value holds, where copies of such values can be made; None where they cannot."""
+    kind = type(value)
+    if isinstance(value, (Tensor, nn.Module)) or kind is type:
+        return None
+    if kind in _DICTS:
+        return [*value.keys(), *value.values()]
+    if kind in CONTAINERS or isinstance(value, (tuple, frozenset)):
+        return list(iter(value))  # a subclass may have no length
+    if kind is types.FunctionType:
+        keywords = value.__kwdefaults__ or {}
+        contents = map(cell_content, value.__closure__ or ())
+        return [*contents, *(value.__defaults__ or ()), *keywords.values(), *value.__dict__.values()]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind is types.MethodType or (kind is types.BuiltinMethodType and type(value.__self__) in CONTAINERS):
+        return [value.__self__]
+    if kind is weakref.ref:
+        return [value()]
+    if kind is weakref.WeakMethod:  # makes a new method at each call
+        return [getattr(value(), "__self__", None)]
+    return list(vars(value).values()) if is_record(value) else None
+
+
+def all_parts_of(value: Any) -> list[Any] | None:
+    """As `parts_of`, and of whatever else has entries or attributes."""
+    parts = parts_of(value)
+    if parts is not None or isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
+        return parts
+    return [part for _, _, part in entries_of(value)]
+
+
+def entries_of(value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What a foreign object holds: among its items or its attributes, under which key, and what."""
+    if isinstance(value, MutableMapping):
+        yield from (("items", key, part) for key, part in list(islice(value.items(), _SMALL)))
+    elif isinstance(value, (list, deque)):
+        yield from (("items", index, part) for index, part in enumerate(islice(value, _SMALL)))
+    if type(attributes := getattr(value, "__dict__", None)) is dict:
+        yield from (("attributes", name, part) for name, part in list(attributes.items()))
+
+
+def tensors_within(value: Any) -> list[Tensor]:
+    """The tensors in what a forward has left behind, however deep; of a large program of objects the first ones."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    pending = [value]
+    while pending and len(seen) < MANY:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif type(part) not in ATOMS and id(part) not in seen:
+            seen.add(id(part))
+            pending.extend(all_parts_of(part) or ())
+    return found
+
+
+def cell_content(cell: types.CellType) -> Any:
+    """What a function closes over; None of a cell that is not filled yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
