@@ -76,7 +76,7 @@ def test_other_towers_start_each_forward_from_the_main_towers_state() -> None:
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize("place", ["attribute", "list", "dict"])
+@pytest.mark.parametrize("place", ["attribute", "tuple", "list", "dict"])
 @pytest.mark.parametrize("every", [3, 100])
 def test_state_that_a_forward_makes_and_later_writes_to_is_each_towers_own(
     num_towers: int, place: str, every: int
@@ -84,22 +84,35 @@ def test_state_that_a_forward_makes_and_later_writes_to_is_each_towers_own(
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.calls, self.kept, self.listed, self.named = 0, None, [None], {}
+            self.calls, self.kept, self.pair, self.listed, self.named = 0, None, (0, None), [None], {}
 
         def forward(self, x: Tensor) -> Tensor:
-            holder, key = {"attribute": (vars(self), "kept"), "list": (self.listed, 0), "dict": (self.named, 0)}[place]
             if self.calls % every == 0:
-                holder[key] = torch.zeros(1)
+                new = torch.zeros(1)
+                if place == "attribute":
+                    self.kept = new
+                elif place == "tuple":
+                    self.pair = (0, (new,))
+                elif place == "list":
+                    self.listed[0] = new
+                else:
+                    self.named[0] = new
             self.calls += 1
-            holder[key] += 1
-            return x + holder[key]
+            state = {
+                "attribute": lambda: self.kept,
+                "tuple": lambda: self.pair[1][0],
+                "list": lambda: self.listed[0],
+                "dict": lambda: self.named[0],
+            }[place]()
+            state += 1
+            return x + state
 
     plain, wrapped = twins(Net(), num_towers)
     for _ in range(5):
         x = torch.zeros(num_towers, 1)
         assert torch.equal(wrapped(x), plain(x))
-    for got, expected in ((wrapped.module.kept, plain.kept), (wrapped.module.listed[0], plain.listed[0])):
-        assert got == expected
+    for name in ("kept", "pair", "listed", "named"):
+        assert getattr(wrapped.module, name) == getattr(plain, name)
 
 
 def test_what_other_towers_leave_behind_is_forgotten() -> None:

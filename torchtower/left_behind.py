@@ -121,10 +121,12 @@ def _with_graph(written: Sequence[Written]) -> list[Tensor]:
 def _is_structural(written: Written) -> bool:
     """Whether the module must be looked at anew: replicas would share what they do not know."""
     values = written.value if written.name is None else [written.value]
-    return written.place.kind == "structure" or any(
-        value.grad_fn is None if isinstance(value, Tensor) else _is_followed(value) for value in values
-    )
+    return written.place.kind == "structure" or any(map(_is_followed, values))
 
 
 def _is_followed(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.grad_fn is None
+    if isinstance(value, tuple):
+        return any(map(_is_followed, iter(value)))
     return isinstance(value, nn.Module) or container_of(value) is not None
