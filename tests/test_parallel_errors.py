@@ -336,6 +336,10 @@ def test_a_loss_of_the_module_itself_in_place_of_its_replica_is_refused(num_towe
         with pytest.raises(ValueError, match="to use the replica that it is given"):
             wrapped.tower_loss(functools.partial(loss_fn), batch(8))
 
+    temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"leads to 1 trainable parameters that are not the module's.*shape \(\)"):
+        wrapped.tower_loss(lambda replica, x: (replica(x) * temperature).sum(), batch(8))
+
     def right(replica: Any, x: Tensor) -> Tensor:
         z = x.clone().requires_grad_()
         (slope,) = torch.autograd.grad(replica(z).sum(), z, create_graph=True)

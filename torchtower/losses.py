@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,14 +50,22 @@ def check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
 
 
 def check_leads_to_replicas(
-    loss_fn: Callable[..., Any], loss: Tensor, module: nn.Module, checked: weakref.WeakSet[Any]
+    loss_fn: Callable[..., Any],
+    loss: Tensor,
+    module: nn.Module,
+    replica_leaves: Sequence[Tensor],
+    checked: weakref.WeakSet[Any],
 ) -> None:
     """See at a function's first loss with a graph that it leads to replicas, not to the module itself.
 
+    Warns of trainable parameters beside the module's: a generator's loss leads to the discriminator's, whose gradients
+    nobody wants, but a loss with parameters of its own would be trained wrongly.
+
     Args:
         loss_fn: the function.
-        loss: what it has returned in a tower.
+        loss: what it has returned in the main tower.
         module: the user's.
+        replica_leaves: of the main tower's replica.
         checked: remembers the functions that have passed, by their code, which lambdas made anew at each step share.
 
     Raises:
@@ -69,7 +78,11 @@ def check_leads_to_replicas(
     if code in checked or not loss.requires_grad:
         return
     names = {id(parameter): name for name, parameter in module.named_parameters()}
+    known = set(map(id, replica_leaves))
+    strange = []
     for leaf in leaves_of([loss]):
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            strange.append(leaf)
         if id(leaf) in names:
             raise ValueError(
                 "TowerParallel.tower_loss: expected loss_fn to use the replica that it is given, but its loss "
@@ -77,4 +90,11 @@ def check_leads_to_replicas(
                 "tower anew; where loss_fn does use it, the module has a way back to itself that replicas cannot "
                 "follow (docs/drop-in.md)"
             )
+    if strange:
+        warnings.warn(
+            f"TowerParallel.tower_loss: loss_fn leads to {len(strange)} trainable parameters that are not the "
+            f"module's, one of shape {tuple(strange[0].shape)}: every tower adds the gradient of its own loss to them, "
+            "which makes the number of towers times the mean; put into the module what is to be trained",
+            stacklevel=4,
+        )
     checked.add(code)

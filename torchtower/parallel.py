@@ -244,7 +244,7 @@ class TowerParallel(Steps[Module]):
             result = self._running().run(call, shards)
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
             check_alike(pairs)
-            check_leads_to_replicas(loss_fn, pairs[0][0], self.module, self._checked)
+            check_leads_to_replicas(loss_fn, pairs[0][0], self.module, result.main_leaves, self._checked)
             given = [weight for _, weight in pairs]
             rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
             raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]

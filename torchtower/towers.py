@@ -73,6 +73,11 @@ class Towers:
         """The user's module that the replicas follow."""
         return self._original.module
 
+    @property
+    def main_leaves(self) -> list[Tensor]:
+        """The parameters of the main tower's replica."""
+        return self._replicas[0].leaves
+
     def replica_here(self) -> Any:
         """In the thread of a tower of ours that tower's replica, elsewhere None."""
         tower = self.pool.tower_here()
@@ -333,6 +338,11 @@ class ForwardResult:
     def rows(self) -> list[int]:
         """Rows of each tower's shard."""
         return self._shards.splits.rows
+
+    @property
+    def main_leaves(self) -> list[Tensor]:
+        """The parameters of the main tower's replica."""
+        return self._towers.main_leaves
 
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph."""
