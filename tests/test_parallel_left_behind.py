@@ -115,6 +115,29 @@ def test_state_that_a_forward_makes_and_later_writes_to_is_each_towers_own(
         assert getattr(wrapped.module, name) == getattr(plain, name)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_state_that_a_write_has_given_a_graph_may_be_beside_one_made_anew(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state, self.other, self.calls = torch.zeros(2), None, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 2:
+                self.state.add_(self.fc.bias)
+            elif self.calls > 2:
+                self.other = torch.ones(3) * self.calls
+            return self.fc(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for _ in range(5):
+        x = batch(2 * num_towers)
+        wrapped(x).sum().backward()
+        plain(x).sum().backward()
+        assert_same_gradients(wrapped, plain)
+
+
 def test_what_other_towers_leave_behind_is_forgotten() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class Translation:
         self._table[id(source)] = (source, target)
 
     def remove(self, source: Any) -> None:
-        """Let ``source`` be translated to itself again."""
-        del self._table[id(source)]
+        """Let ``source`` be translated to itself again, if it is not."""
+        self._table.pop(id(source), None)
 
     def get(self, source: Any) -> Any:
         """What ``source`` itself is translated to; None if it is not in the table."""
