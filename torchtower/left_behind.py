@@ -36,7 +36,8 @@ class LeftBehind:
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
         self._known = _sources(self._main)
-        self._tensors = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in self._known]
+        known = {id(twin) for twin, _ in self._known}
+        self._tensors = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
         self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
 
     def ports(self) -> list[Port]:
@@ -56,11 +57,13 @@ class LeftBehind:
         Returns:
             The modules that were written to.
         """
-        connected: dict[int, Any] = {id(local): main for (_, local), main in zip(self._tensors, values, strict=True)}
-        modules = _write_to_original(self._main, self._written, self._known | connected)
+        connected: list[tuple[Tensor, Any]] = [
+            (local, main) for (_, local), main in zip(self._tensors, values, strict=True)
+        ]
+        modules = _write_to_original(self._main, self._written, [*self._known, *connected])
         if modules and not any(map(_is_structural, self._written)):
             self._original.remember()
-        put_connected([slot for slot, _, _ in self._kept], connected)
+        put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         return modules
 
 
@@ -72,22 +75,23 @@ def keep_what_backward_wrote(main: Replica) -> list[nn.Module]:
     Returns:
         The modules that were written to.
     """
-    known = _sources(main)
-    written = [item for item in main.take_written() if known.keys() >= {id(tensor) for tensor in _with_graph([item])}]
-    return _write_to_original(main, written, known)
+    pairs = _sources(main)
+    known = {id(twin) for twin, _ in pairs}
+    written = [item for item in main.take_written() if known.issuperset(map(id, _with_graph([item])))]
+    return _write_to_original(main, written, pairs)
 
 
-def _sources(main: Replica) -> dict[int, Any]:
-    """The user's tensors with a graph that attributes hold as before, by the ids of what the replica has for them."""
+def _sources(main: Replica) -> list[tuple[Tensor, Any]]:
+    """What the replica has for the user's tensors with a graph that attributes hold as before, and these."""
     links = [link for link in main.links() if is_untouched(link.twin)]
-    return {id(link.twin): source for link in links if (source := link.source()) is not None}
+    return [(link.twin, source) for link in links if (source := link.source()) is not None]
 
 
-def _write_to_original(main: Replica, written: list[Written], connected: dict[int, Any]) -> list[nn.Module]:
+def _write_to_original(main: Replica, written: list[Written], connected: list[tuple[Tensor, Any]]) -> list[nn.Module]:
     if written:
         translate = main.to_original()
-        for local in _with_graph(written):
-            translate.add(local, connected[id(local)])
+        for local, main_side in connected:
+            translate.add(local, main_side)
         write_back(written, translate)
     return [item.module for item in written]
 

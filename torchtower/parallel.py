@@ -241,10 +241,11 @@ class TowerParallel(Steps[Module]):
             return loss_fn(replica, *shard[0], **shard[1])
 
         with self._lock:
-            result = self._running().run(call, shards)
+            towers = self._running()
+            result = towers.run(call, shards)
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
             check_alike(pairs)
-            check_leads_to_replicas(loss_fn, pairs[0][0], self.module, result.main_leaves, self._checked)
+            check_leads_to_replicas(loss_fn, pairs[0][0], self.module, towers.main_leaves, self._checked)
             given = [weight for _, weight in pairs]
             rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
             raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]

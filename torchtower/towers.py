@@ -339,11 +339,6 @@ class ForwardResult:
         """Rows of each tower's shard."""
         return self._shards.splits.rows
 
-    @property
-    def main_leaves(self) -> list[Tensor]:
-        """The parameters of the main tower's replica."""
-        return self._towers.main_leaves
-
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph."""
         return self._towers.bridge(self._shards, weights, self._leaves, ports, outputs)
