@@ -135,6 +135,21 @@ class Original:
         same = len(before) == len(after) and all(map(is_, before, after))
         return changed if same else None
 
+    def check_device(self) -> None:
+        """See that parameters and buffers lie on the main tower's device.
+
+        Raises:
+            ValueError: one of them lies elsewhere.
+        """
+        for tensor in (*self.parameters, *self.buffers):
+            if tensor.device != self.device:
+                move_it = "to_empty(device=" if tensor.is_meta else "to("
+                raise _MisplacedModuleError(
+                    f"TowerParallel: module must have its parameters and buffers on device {self.device} "
+                    f"(device_ids[0]) but found one of them on device: {tensor.device}; move it there with "
+                    f"module.{move_it}'{self.device}')"
+                )
+
     def remember(self) -> None:
         """Take changes of our own making for seen."""
         self._watch.remember()
@@ -150,6 +165,10 @@ class Original:
         return [*classes, *scripted] + [
             (p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in self.parameters
         ]
+
+
+class _MisplacedModuleError(ValueError, RuntimeError):
+    """Bad input as everywhere here, and with the type and the words that programs know from nn.DataParallel."""
 
 
 def dicts_of(module: nn.Module) -> dict[str, Any]:

@@ -38,9 +38,6 @@ class _Record:
         self.twin = twin
 
 
-_Records = weakref.WeakValueDictionary[int, _Record]
-
-
 class Translation:
     """A one-to-one table of objects, applied to values of any depth.
 
@@ -51,61 +48,50 @@ class Translation:
     """
 
     def __init__(self, *, copy_containers: bool = False, deep: bool = False) -> None:
-        self._copy_containers = copy_containers
-        self._deep = deep
-        self._table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
-        self._records: _Records = weakref.WeakValueDictionary()
+        self.copy_containers = copy_containers
+        self.deep = deep
+        self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
+        self.records: weakref.WeakValueDictionary[int, _Record] = weakref.WeakValueDictionary()
         # The records met since this was replaced: as long as somebody holds on to one, its copy stays the same.
         self.met: list[_Record] = []
 
     def add(self, source: Any, target: Any) -> None:
         """Let ``source`` be translated to ``target``."""
-        self._table[id(source)] = (source, target)
+        self.table[id(source)] = (source, target)
 
     def remove(self, source: Any) -> None:
         """Let ``source`` be translated to itself again, if it is not."""
-        self._table.pop(id(source), None)
+        self.table.pop(id(source), None)
 
     def get(self, source: Any) -> Any:
         """What ``source`` itself is translated to; None if it is not in the table."""
-        entry = self._table.get(id(source))
+        entry = self.table.get(id(source))
         return None if entry is None else entry[1]
 
     def __call__(self, value: Any) -> Any:
         """``value`` itself where nothing in it is in the table, else a translated copy of it."""
         if type(value) in ATOMS:
             return value
-        if (entry := self._table.get(id(value))) is not None:
+        if (entry := self.table.get(id(value))) is not None:
             return entry[1]
         if isinstance(value, (Tensor, nn.Module)):
             return value
-        return _Copy(self._table, self._records, self.met, self._deep, value).of(value, self._copy_containers)
+        return _Copy(self, value).of(value, self.copy_containers)
 
 
 class _Copy:
     """One translated copy of a value that may lead back to itself.
 
     Args:
-        table: as of `Translation`.
-        records: by their ids.
-        met: gets those that are in the value.
-        deep: as of `Translation`.
+        translation: whose table is applied.
         root: the value.
     """
 
-    def __init__(
-        self,
-        table: dict[int, tuple[Any, Any]],
-        records: _Records,
-        met: list[_Record],
-        deep: bool,
-        root: Any,
-    ) -> None:
-        self._table = table
-        self._records = records
-        self._met = met
-        self._parts_of = all_parts_of if deep else parts_of
-        self._most = MANY if deep else sys.maxsize
+    def __init__(self, translation: Translation, root: Any) -> None:
+        self._translation = translation
+        self._table = translation.table
+        self._parts_of = all_parts_of if translation.deep else parts_of
+        self._most = MANY if translation.deep else sys.maxsize
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
 
@@ -170,12 +156,12 @@ class _Copy:
         return twin
 
     def _record(self, value: Any, copy: bool) -> Any:
-        record = self._records.get(id(value))
+        record = self._translation.records.get(id(value))
         if record is None:
             # None of the class's own code is run, which might hand out the user's object.
             twin = types.SimpleNamespace() if type(value) is types.SimpleNamespace else object.__new__(type(value))
-            record = self._records[id(value)] = _Record(value, twin)
-        self._met.append(record)
+            record = self._translation.records[id(value)] = _Record(value, twin)
+        self._translation.met.append(record)
         twin = self._done[id(value)] = record.twin
         parts = {name: self.of(part, copy) for name, part in vars(value).items()}
         vars(twin).clear()

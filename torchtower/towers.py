@@ -56,7 +56,7 @@ class Towers:
         self._buffers = buffers
         self._freshness = Freshness(any(device != devices[0] for device in devices))
         self._original = Original(module, devices[0])
-        self._check_device()
+        self._original.check_device()
         self._replicas = [
             Replica(self._original, device, is_main=index == 0, aliases=device == devices[0])
             for index, device in enumerate(devices)
@@ -176,7 +176,7 @@ class Towers:
     def _follow_changes(self) -> None:
         changes = self._original.changes()
         if changes != []:
-            self._check_device()
+            self._original.check_device()
         if changes is None:
             self._in_turn = _is_compiled(self._original.modules)
             self._plan_parameters()
@@ -203,16 +203,6 @@ class Towers:
         """Let every replica on another device fetch all parameters at its next forward."""
         for replica in self._replicas:
             replica.forget_parameters()
-
-    def _check_device(self) -> None:
-        main = self.pool.devices[0]
-        for tensor in (*self._original.parameters, *self._original.buffers):
-            if tensor.device != main:
-                move_it = "to_empty(device=" if tensor.is_meta else "to("
-                raise _MisplacedModuleError(
-                    f"TowerParallel: module must have its parameters and buffers on device {main} (device_ids[0]) but "
-                    f"found one of them on device: {tensor.device}; move it there with module.{move_it}'{main}')"
-                )
 
     def _pool_buffers(self, rows: list[int]) -> None:
         if self._buffers == "main" or len(rows) < 2 or not sum(rows):
@@ -311,10 +301,6 @@ class Towers:
 
     def _keep_what_backward_wrote(self) -> None:
         self._written_to += keep_what_backward_wrote(self._replicas[0])
-
-
-class _MisplacedModuleError(ValueError, RuntimeError):
-    """Bad input as everywhere here, and with the type and the words that programs know from nn.DataParallel."""
 
 
 class ForwardResult:
