@@ -111,9 +111,11 @@ def test_the_next_call_after_an_error_works_and_leaves_no_gradient_behind(where:
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["own_errors", "one_error_object"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_the_first_failing_tower_is_named(where: str) -> None:
-    wrapped = wrap(Failing(where, lambda: ValueError("told to fail"), towers=(1, 2)).double(), 4)
+def test_the_first_failing_tower_is_named_alone(where: str, same: bool) -> None:
+    make = ValueError("told to fail") if same else lambda: ValueError("told to fail")
+    wrapped = wrap(Failing(where, make, towers=(1, 2)).double(), 4)
     with pytest.raises(ValueError, match="in tower 1 on device cpu") as caught:
         run(wrapped)
     assert "in tower 2" not in str(caught.value)

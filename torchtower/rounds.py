@@ -166,8 +166,8 @@ class Round:
             raise DesertedError(*answer.args)
         return list(answer)
 
-    def work(self, job: Callable[[], Any], words: str) -> None:
-        """In a tower's thread: do its job and report. An exception's words get ``words`` added."""
+    def work(self, job: Callable[[], Any]) -> None:
+        """In a tower's thread: do its job and report."""
         tower_index = _local.tower_index
         if tower_index in self._begun:
             return
@@ -178,7 +178,6 @@ class Round:
                 self.results[tower_index] = job()
         except BaseException as error:
             self.errors[tower_index] = error
-            _add_words(error, words)
         finally:
             _local.round = None
             self._finished.append(tower_index)
@@ -186,11 +185,18 @@ class Round:
             if len(self._finished) == len(self._starts) or self._num_started < len(self._starts) or self._arrivals:
                 self._reports.put(None)
 
-    def first_error(self) -> BaseException | None:
-        """What the first tower to fail raised, in tower order; taken out, so that the round does not keep it."""
-        errors = [self.errors[tower] for tower in sorted(self.errors)]
+    def first_error(self, devices: Sequence[object]) -> BaseException | None:
+        """What the first tower to fail raised, in tower order; taken out, so that the round does not keep it.
+
+        Its words get added which tower that was, on which of ``devices``.
+        """
+        if not self.errors:
+            return None
+        tower = min(self.errors, key=lambda t: (isinstance(self.errors[t], DesertedError), t))
+        error = self.errors[tower]
         self.errors.clear()
-        return next((e for e in errors if not isinstance(e, DesertedError)), next(iter(errors), None))
+        _add_words(error, f"in tower {tower} on device {devices[tower]}")
+        return error
 
 
 def _add_words(error: BaseException, words: str) -> None:

@@ -102,7 +102,7 @@ class TowerPool:
         if self._closed:  # the backward of an output that has outlived the wrapper
             self._end_threads()
         torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
-        if (error := interrupt or round_.first_error()) is not None:
+        if (error := interrupt or round_.first_error(self.devices)) is not None:
             try:
                 raise error
             finally:  # its traceback holds this frame: a cycle would keep what the towers' frames hold
@@ -147,7 +147,6 @@ class _TowerThread:
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
         self._tower_index = tower_index
         self._device = device
-        self._words = f"in tower {tower_index} on device {device}"
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         ready = threading.Event()
         self._thread = threading.Thread(
@@ -163,7 +162,7 @@ class _TowerThread:
         """Let the thread do ``job`` as this round's tower, under the caller's state."""
         run = functools.partial(state.run, self._device, job)
         work = functools.partial(draw_from, TowerGenerators(self._tower_index, seeds), run)
-        self._inbox.put(functools.partial(round_.work, work, self._words))
+        self._inbox.put(functools.partial(round_.work, work))
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
