@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.outside import Outside
-from torchtower.parts import container_of
+from torchtower.parts import SMALL, container_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
@@ -60,9 +60,10 @@ class Original:
     """The modules, parameters and buffers that replicas are made from.
 
     Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and stand in
-    plain attributes, lists and dicts count too, as the plain module would train them. Tensors there that lie elsewhere
-    than on the main device (a table on the CPU, a skeleton on the meta device) are left alone. Tensors with a graph are
-    no parameters: every replica has leaves of its own for them, see `torchtower.replicate`.
+    plain attributes, lists and dicts count too, as the plain module would train them; other tensors there are buffers.
+    Of those that lie elsewhere than on the main device only the small ones are (a counter on the CPU): a table and what
+    is trained are left alone. Tensors with a graph are no parameters: every replica has leaves of its own for them,
+    see `torchtower.replicate`.
 
     Args:
         module: the user's module.
@@ -80,7 +81,7 @@ class Original:
         self.containers: dict[int, list[Any]] = {}  # of each module, by its id
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
         buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None}
-        registered = {*parameters, *buffers}
+        self._registered = [*parameters.values(), *buffers.values()]
         seen: set[int] = set()
         pending = [self.module]
         while pending:
@@ -94,11 +95,12 @@ class Original:
                 if isinstance(value, nn.Module):
                     if not self._is_ancestor(value):
                         pending.append(value)
-                elif value.grad_fn is not None or (id(value) not in registered and value.device != self.device):
+                elif value.grad_fn is not None:
                     continue
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
-                    parameters.setdefault(id(value), value)
-                else:
+                    if value.device == self.device:
+                        parameters.setdefault(id(value), value)
+                elif value.device == self.device or value.numel() <= SMALL:
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
@@ -141,7 +143,7 @@ class Original:
         Raises:
             ValueError: one of them lies elsewhere.
         """
-        for tensor in (*self.parameters, *self.buffers):
+        for tensor in self._registered:
             if tensor.device != self.device:
                 move_it = "to_empty(device=" if tensor.is_meta else "to("
                 raise _MisplacedModuleError(

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS = (*_DICTS, list, set, deque)
-# A larger container is a table (a vocabulary, say): shared by all towers, neither copied nor compared.
-_SMALL = 1024
+# A larger container, or tensor apart from the module's device, is a table (a vocabulary, say): shared by all towers,
+# neither copied nor compared.
+SMALL = 1024
 MANY = 4096  # objects, after which a search is given up
 ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
 
 
 def is_small_container(value: Any) -> bool:
     """Whether ``value`` is a list, dict or the like that towers get copies of."""
-    return type(value) in CONTAINERS and len(value) <= _SMALL
+    return type(value) in CONTAINERS and len(value) <= SMALL
 
 
 def is_record(value: Any) -> bool:
@@ -88,9 +89,9 @@ def all_parts_of(value: Any) -> list[Any] | None:
 def entries_of(value: Any) -> Iterator[tuple[str, Any, Any]]:
     """What a foreign object holds: among its items or its attributes, under which key, and what."""
     if isinstance(value, MutableMapping):
-        yield from (("items", key, part) for key, part in list(islice(value.items(), _SMALL)))
+        yield from (("items", key, part) for key, part in list(islice(value.items(), SMALL)))
     elif isinstance(value, (list, deque)):
-        yield from (("items", index, part) for index, part in enumerate(islice(value, _SMALL)))
+        yield from (("items", index, part) for index, part in enumerate(islice(value, SMALL)))
     if type(attributes := getattr(value, "__dict__", None)) is dict:
         yield from (("attributes", name, part) for name, part in list(attributes.items()))
 

@@ -117,7 +117,7 @@ class Replica:
         with torch.inference_mode(False), torch.no_grad():
             twins = [before.get(buffer) for buffer in self._original.buffers]
             self.buffers = [
-                buffer if self._is_main else buffer.detach().to(self.device, copy=True) if twin is None else twin
+                buffer if self._is_main else self._copy_of(buffer) if twin is None else twin
                 for buffer, twin in zip(self._original.buffers, twins, strict=True)
             ]
         for source in self._sources:
@@ -127,6 +127,10 @@ class Replica:
             self._to_replica.add(buffer, twin)
             if twin is not buffer:
                 twin.__dict__ = buffer.__dict__  # shared: attributes of tensors may change at any time
+
+    def _copy_of(self, buffer: Tensor) -> Tensor:
+        elsewhere = buffer.device != self._original.device
+        return buffer.detach().to(buffer.device if elsewhere else self.device, copy=True)
 
     def _make_leaves(self, before: Translation) -> list[Tensor]:
         parameters = self._original.parameters
@@ -248,7 +252,7 @@ class Replica:
             with torch.no_grad():
                 for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
                     if buffer.shape != twin.shape or buffer.dtype != twin.dtype:  # observers resize theirs
-                        twin.data = torch.empty_like(buffer, device=self.device)
+                        twin.data = torch.empty_like(buffer, device=twin.device)
                     version = self._buffer_versions[id(buffer)] = version_of(buffer)
                     targets.append(twin.data if before.get(id(buffer)) == version else twin)
                 copy_together(self._original.buffers, targets)

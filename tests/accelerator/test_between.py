@@ -130,6 +130,36 @@ def test_tensors_in_attributes_may_lie_elsewhere(devices: list[int]) -> None:
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("buffers", ["main", "mean"])
+@every_layout
+def test_a_counter_on_the_cpu_counts_once_a_call(devices: list[int], buffers: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2).double()
+            self.calls, self.sums = torch.zeros(()), [torch.zeros(2, 2)]
+            self.table, self.skeleton = torch.zeros(2000), torch.ones(2, device="meta")
+            self.others = [nn.Linear(3, 2).requires_grad_(False), nn.BatchNorm1d(2)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.sums[0].diagonal().add_(self.calls)
+            tables.add(self.table.data_ptr())
+            return self.fc(x) * self.calls.to(x)
+
+    tables: set[int] = set()
+    plain, wrapped = twins(Net(), devices, buffers=buffers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            net(rows(8, seed=step)).square().sum().backward()
+        wrapped.module.sums[0] *= 2
+        plain.sums[0] *= 2
+    assert_same_gradients(wrapped, plain)
+    assert wrapped.module.calls == 3
+    assert torch.equal(wrapped.module.sums[0], plain.sums[0])
+    assert tables == {wrapped.module.table.data_ptr(), plain.table.data_ptr()}  # a table is not copied
+
+
 @every_layout
 def test_data_that_a_forward_assigns_are_kept_and_trained(devices: list[int]) -> None:
     plain, wrapped = twins(Clamped(), devices)
