@@ -308,5 +308,63 @@ def test_hooks_that_expect_a_gradient_do_not_fail_within_no_sync() -> None:
     wrapped(batch(6, seed=1)).square().sum().backward()
     for seed in (0, 1):
         plain(batch(6, seed=seed)).square().sum().backward()
-    assert_same_gradients(wrapped.module.always, plain.always)
-    assert not wrapped.module.sometimes.weight.grad.any()
+    assert_same_gradients(wrapped, plain)
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.trunk(x)
+        return self.left(hidden), self.right(hidden + y)
+
+
+def note_hook_calls(tensors: dict[str, Tensor]) -> list[str]:
+    calls: list[str] = []
+    for name, tensor in tensors.items():
+        tensor.register_hook(lambda grad, name=name: calls.append(name) or grad * 0.5)
+        tensor.register_post_accumulate_grad_hook(lambda p, name=name: calls.append(f"{name}:{p.grad.sum():.6f}"))
+    return calls
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_hooks_of_what_the_loss_does_not_depend_on_are_not_called(num_towers: int) -> None:
+    plain, wrapped = twins(Heads(), num_towers)
+    called = []
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        x, y = batch(6, requires_grad=True), batch(6, seed=1, requires_grad=True)
+        calls = note_hook_calls({"x": x, "y": y, **dict(module.named_parameters())})
+        for _ in range(2):  # the second time there are gradients already
+            z = y * 2
+            z.register_hook(lambda grad, calls=calls: calls.append("z"))
+            left, right = net(x, z)
+            left.square().sum().backward(retain_graph=True)
+            calls.append("left done")
+            right.sum().backward()
+            calls.append("right done")
+            left, _ = net(x, z.detach())
+            (left.sum() + module.right.bias.sum()).backward()  # one gradient comes by another way
+            calls.append("all done")
+        called.append([sorted(part.split()) for part in " ".join(calls).split("done")])
+    assert called[0] == called[1]
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_hooks_are_the_user_s_again_after_a_backward_that_fails(num_towers: int) -> None:
+    plain, wrapped = twins(Heads(), num_towers)
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        x = batch(6, requires_grad=True)
+        hooks = [lambda grad: grad * 0.5, lambda grad: grad + 1]
+        handles = [module.right.bias.register_hook(hook) for hook in hooks]
+        failing = x.register_hook(lambda grad: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            net(x, x)[0].sum().backward()
+        failing.remove()
+        net(x, x)[0].sum().backward()
+        assert list(module.right.bias._backward_hooks.values()) == hooks
+        handles[0].remove()
+        net(x, x)[1].sum().backward()
+    assert_same_gradients(wrapped.module.right, plain.right)

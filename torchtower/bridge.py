@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.local_backward import Root, local_backward, local_grad, requires_grad, root_of
+from torchtower.hooks import spare_hooks
+from torchtower.local_backward import Root, leaves_of, local_backward, local_grad, requires_grad, root_of
 from torchtower.ports import Port, join, without_graph
 from torchtower.rounds import current_tower
 from torchtower.shards import Aliases
@@ -182,9 +184,8 @@ class Bridge:
             sums = weighted_sum(columns, [1.0] * (1 + len(kept)), in_place=not torch.is_grad_enabled())
             values[: len(parameters)] = sums
             family.held.release(parameters, accumulated)
-        for index, (parameter, is_accumulated) in enumerate(zip(parameters, accumulated, strict=False)):
-            if values[index] is None and is_accumulated and has_hooks(parameter):
-                values[index] = torch.zeros_like(parameter)  # the hooks of what is kept back, or has none
+        if without := [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]:
+            spare_hooks(chain(without, leaves_of(without)))
         if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):
             family.aliases.forget()  # no graph has saved anything any more
         return values
@@ -301,9 +302,3 @@ def _at(part: Grad, root: Root | None) -> Grad:
 
 def _leaf(part: Grad, main: Tensor) -> Any:
     return None if part is None else part.detach().requires_grad_(main.requires_grad)
-
-
-def has_hooks(parameter: Tensor) -> bool:
-    """Whether hooks see its gradients: where a node has none for it, the engine calls them with None."""
-    hooked: Any = parameter
-    return bool(hooked._backward_hooks or hooked._post_accumulate_grad_hooks)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
-from torchtower.bridge import Bridge, Family, has_hooks
+from torchtower.bridge import Bridge, Family
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
@@ -266,26 +266,12 @@ class Towers:
             local_inputs,
             list(map(requires_grad, local_inputs)),
         )
-        values = bridge.connect([*self._to_reach(local_outputs), *linked, *main_inputs], ports, local_outputs)
+        values = bridge.connect([*parameters, *linked, *main_inputs], ports, local_outputs)
         begin, end = len(out_ports), len(ports) - len(overwritten)
         for (index, _), value in zip(overwritten, values[end:], strict=True):
             _overwrite(shards.main_inputs[index], value)
         self._written_to += left_behind.put(values[begin:end])
         return values[:begin]
-
-    def _to_reach(self, local_outputs: list[list[Grad]]) -> list[Tensor]:
-        """The parameters, with a stand-in for each that has hooks and that no tower has used.
-
-        There the hooks would be called with None, see `has_hooks`.
-        """
-        parameters = self._original.parameters
-        hooked = [index for index, parameter in enumerate(parameters) if has_hooks(parameter)]
-        # What is kept back goes to parameters unused here, too.
-        if not hooked or self._held or not self._held.synchronize:
-            return parameters
-        used = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
-        unused = {i for i in hooked if not any(id(replica.leaves[i]) in used for replica in self._replicas)}
-        return [p.detach() if i in unused else p for i, p in enumerate(parameters)]
 
     def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Grad]]]:
         """The tensors with a graph, in attributes, that some tower has used; and their leaves, tower-major."""

@@ -1,0 +1,67 @@
+"""Hooks of the user's tensors that a backward of ours has no gradient for.
+
+A plain module's backward does not come near what the loss does not depend on. Ours is one node for all inputs, and the
+engine goes on to each: where there is no gradient it calls their hooks all the same, with None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Guard:
+    """Stands for a hook until the backward ends."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook: Any = hook.hook if isinstance(hook, _Guard) else hook  # of a backward that has failed
+
+
+class _IfDefined(_Guard):
+    """Of a hook on the gradient."""
+
+    def __call__(self, grad: Any) -> Any:
+        return None if grad is None else self.hook(grad)
+
+
+class _IfAccumulated(_Guard):
+    """Of a hook that is called when the gradient has been accumulated."""
+
+    def __init__(self, hook: Any, tensor: Tensor) -> None:
+        super().__init__(hook)
+        self._before = tensor.grad
+        self._version = _version_of(self._before)
+
+    def __call__(self, tensor: Tensor) -> None:
+        if tensor.grad is not self._before or _version_of(tensor.grad) != self._version:
+            self.hook(tensor)
+
+
+def spare_hooks(tensors: Iterable[Tensor]) -> None:
+    """For the rest of the running backward, have hooks called only if a gradient does come, by another way."""
+    guards: list[tuple[Any, int, _Guard]] = []
+    for tensor in tensors:
+        hooked: Any = tensor
+        for key, hook in list((hooked._backward_hooks or {}).items()):
+            guards.append((hooked._backward_hooks, key, _IfDefined(hook)))
+        for key, hook in list((hooked._post_accumulate_grad_hooks or {}).items()):
+            guards.append((hooked._post_accumulate_grad_hooks, key, _IfAccumulated(hook, tensor)))
+    for hooks, key, guard in guards:
+        hooks[key] = guard
+    if guards:
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(_put_back, guards))
+
+
+def _put_back(guards: list[tuple[Any, int, _Guard]]) -> None:
+    for hooks, key, guard in guards:
+        if hooks.get(key) is guard:  # not removed, nor another bridge's
+            hooks[key] = guard.hook
+
+
+def _version_of(grad: Tensor | None) -> int | None:
+    return None if grad is None else grad._version
