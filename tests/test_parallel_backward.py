@@ -5,14 +5,27 @@ By one backward after several forwards or several after one, by autograd.grad, t
 
 from __future__ import annotations
 
+import time
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, assert_trains_alike, batch, mlp, twins, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    assert_close,
+    assert_go_backward_alike,
+    assert_same_gradients,
+    assert_trains_alike,
+    batch,
+    mlp,
+    twins,
+    wrap,
+)
+from torchtower import current_tower
 
 # ---- backward
 
@@ -261,6 +274,63 @@ def _forward_mode(net: nn.Module, x: Tensor) -> Tensor:
 def test_transforms_of_the_wrapper_are_those_of_the_module(name: str) -> None:
     plain, wrapped = twins(mlp(), 2)
     assert_close(TRANSFORMS[name](wrapped, batch(4)), TRANSFORMS[name](plain, batch(4)))
+
+
+class Derivatives(nn.Module):
+    """Differentiates a part of itself in its forward, slowly enough for towers to be within it at once."""
+
+    def __init__(self, differentiate: Any) -> None:
+        super().__init__()
+        self.net, self.differentiate = mlp(), differentiate
+
+    def part(self, x: Tensor) -> Tensor:
+        time.sleep(0.002)
+        out = self.net(x).square()
+        time.sleep(0.002)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.differentiate(self.part, x)
+
+
+def _jvp(f: Any, x: Tensor) -> Tensor:
+    return torch.func.jvp(f, (x,), (x + 1,))[1]
+
+
+FORWARD_MODES = {
+    "jvp": _jvp,
+    "jvp of jvp": lambda f, x: _jvp(lambda y: _jvp(f, y), x),
+    "jacfwd": lambda f, x: torch.func.vmap(torch.func.jacfwd(f))(x),
+    "hessian": lambda f, x: torch.func.vmap(torch.func.hessian(lambda row: f(row).sum()))(x),
+    "dual_level": lambda f, x: _forward_mode(f, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("name", FORWARD_MODES)
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_towers_may_be_in_forward_mode_at_once(num_towers: int, name: str) -> None:
+    plain, wrapped = twins(Derivatives(FORWARD_MODES[name]), num_towers, max_concurrency=num_towers)
+    for seed in range(3):
+        x = batch(5, seed=seed)
+        assert_go_backward_alike(plain, wrapped, x)
+
+
+def test_an_error_in_forward_mode_leaves_the_turn_to_others() -> None:
+    def fail_in_tower_0(f: Any, x: Tensor) -> Tensor:
+        def g(x: Tensor) -> Tensor:
+            if current_tower() == 0:
+                raise ValueError("in forward mode")
+            return f(x)
+
+        return _jvp(g, x)
+
+    plain, wrapped = twins(Derivatives(fail_in_tower_0), 3)
+    with pytest.raises(ValueError, match="tower 0"):
+        wrapped(batch(6))
+    for net in (plain, wrapped.module):
+        net.differentiate = _jvp
+    assert_go_backward_alike(plain, wrapped, batch(6))
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchtower.forward_mode import take_turns_in_forward_mode
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState, without_parametrization_cache
 from torchtower.tower_random import Seeds, TowerGenerators, draw_from, intercept_draws
@@ -39,6 +40,7 @@ class TowerPool:
     """
 
     def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None, lock: threading.RLock) -> None:
+        take_turns_in_forward_mode()
         intercept_draws()  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
         self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
