@@ -549,3 +549,11 @@ def test_tower_sum_of_what_is_no_tensor_is_refused_in_towers_and_outside() -> No
         tower_sum(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"tower_sum: expected a tensor, but got NoneType"):
         TowerParallel(Summed(), device_ids=["cpu"] * 2)(torch.ones(2, 1))
+
+
+def test_zero_tensors_are_zeros() -> None:
+    zeros = torch._efficientzerotensor(2, dtype=torch.float64)
+    ones = torch.ones(2, dtype=torch.float64)
+    means = average_gradients([[zeros, zeros, ones], [ones, zeros, ones]])
+    assert [mean.tolist() for mean in means] == [[0.5, 0.5], [0.0, 0.0], [1.0, 1.0]]
+    means[1].add_(1)

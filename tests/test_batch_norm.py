@@ -71,6 +71,40 @@ def test_buffers_mean_pools_the_towers_statistics_by_rows() -> None:
     assert net.num_batches_tracked == 1
 
 
+class Statistics(nn.Module):
+    """A running mean that is assigned, beside buffers that nobody writes, of kinds that have no mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("assigned", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("expanded", torch.ones(1, dtype=torch.float64).expand(3))
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        self.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+        self.small = torch.ones(3).to(torch.float8_e5m2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        self.assigned = self.assigned * 0.9 + 0.1 * x.detach().mean(0)
+        return self.fc(x * self.expanded) + self.assigned.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_buffers_mean_pools_what_a_forward_assigns_and_leaves_what_has_no_mean(num_towers: int) -> None:
+    net = Statistics().double()
+    wrapped = wrap(net, num_towers, buffers="mean")
+    expected = torch.zeros(3, dtype=torch.float64)
+    for seed in range(3):
+        x = batch(7, seed=seed)
+        expected = expected * 0.9 + 0.1 * x.mean(0)
+        wrapped(x).sum().backward()
+        assert_close(net.mean, expected)
+        assert_close(net.assigned, expected)
+    assert net.state_dict().keys() == Statistics().state_dict().keys()
+
+
 def test_train_and_eval_take_effect_at_the_next_forward() -> None:
     flags = []
 

@@ -25,7 +25,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
-from torchtower import current_tower
+from torchtower import current_tower, tower_sum
 
 # ---- backward
 
@@ -314,6 +314,26 @@ def test_towers_may_be_in_forward_mode_at_once(num_towers: int, name: str) -> No
     for seed in range(3):
         x = batch(5, seed=seed)
         assert_go_backward_alike(plain, wrapped, x)
+
+
+def test_towers_exchange_nothing_in_forward_mode() -> None:
+    plain, wrapped = twins(Derivatives(lambda f, x: _forward_mode(lambda x: f(x) + tower_sum(x.detach()).sum(), x)), 2)
+    with pytest.raises(RuntimeError, match="outside of forward-mode differentiation"):
+        wrapped(batch(4))
+    wrapped.module.differentiate = plain.differentiate = _jvp
+    assert_go_backward_alike(plain, wrapped, batch(4))
+
+
+def test_signs_of_parameters_have_gradients_of_zero() -> None:
+    class Signs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.scale = nn.Linear(3, 2), nn.Parameter(torch.randn(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * torch.sgn(self.scale)
+
+    assert_trains_alike(Signs(), 2, batch(5))
 
 
 def test_an_error_in_forward_mode_leaves_the_turn_to_others() -> None:

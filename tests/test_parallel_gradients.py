@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import (
     EVERY_COUNT,
@@ -349,6 +350,24 @@ def test_hooks_of_what_the_loss_does_not_depend_on_are_not_called(num_towers: in
             calls.append("all done")
         called.append([sorted(part.split()) for part in " ".join(calls).split("done")])
     assert called[0] == called[1]
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_hooks_of_what_a_reentrant_checkpoint_recomputes_are_called(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.second, self.first(x), use_reentrant=True)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        for parameter in net.parameters():
+            parameter.register_hook(lambda grad: grad * 0.5)
+        net(batch(6)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
 
 

@@ -582,3 +582,51 @@ def test_attributes_of_parameters_and_buffers_are_the_originals_at_any_time(num_
         for net in (plain, wrapped.module):
             net.weight.scale, net.offset.scale = factor, -factor
         assert torch.equal(wrapped(batch(6)), plain(batch(6)))
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_leaf_that_is_frozen_becomes_a_buffer(registered: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            scale = torch.ones(2, dtype=torch.float64, requires_grad=True)
+            if registered:
+                self.register_buffer("scale", scale)
+            else:
+                self.scale = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.scale
+
+    plain, wrapped = twins(Net(), 2)
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        net(batch(4)).sum().backward()
+        for tensor in (module.scale, *module.parameters()):
+            tensor.requires_grad_(False)
+        assert not net(batch(4)).requires_grad
+        module.fc.requires_grad_(True)
+        (net(batch(4)) + net(batch(4, seed=1))).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+    assert_close(wrapped.module.scale.grad, plain.scale.grad)
+
+
+def test_tensors_that_cannot_be_copied_into_may_lie_in_the_module() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.lengths = self._ragged()
+            self.register_buffer("nested", self._ragged(), persistent=False)
+            self.packed = torch.eye(3).to_mkldnn()
+
+        def _ragged(self) -> Tensor:
+            return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x @ self.packed.to_dense().to(x)) * self.lengths.values().sum() + self.nested.values().sum()
+
+    plain, wrapped = Net(), wrap(Net(), 3)
+    wrapped.module.load_state_dict(plain.state_dict())
+    for _ in range(2):
+        assert_go_backward_alike(plain, wrapped, batch(5).float(), rtol=1e-5)

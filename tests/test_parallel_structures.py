@@ -38,6 +38,30 @@ class Data:
     note: str = "kept"
 
 
+@dataclasses.dataclass
+class Squared:
+    value: Tensor
+
+    def __post_init__(self) -> None:
+        self.square = self.value.square()
+
+
+class AttrDict(dict[str, Any]):
+    """Its items are its attributes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class UpdatedDict(dict[str, Any]):
+    """Its items are attributes, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__.update(self, note="kept")
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenData:
     left: Tensor
@@ -501,3 +525,34 @@ def test_objects_that_yield_different_numbers_are_told_apart() -> None:
     net = WithOutput(lambda h: Cache([(h,)] * len(h)))
     with pytest.raises(ValueError, match=r"expected the output of every tower to be alike, list of .* tower 1's is"):
         wrap(net.double(), 2)(batch(7))
+
+
+@pytest.mark.parametrize("kind", [AttrDict, UpdatedDict, Squared])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_tensors_that_are_attributes_too_are_split_and_joined(num_towers: int, kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, given: Any) -> Any:
+            if kind is Squared:
+                return Squared(self.fc(given.value + given.square))
+            assert given["value"] is given.value
+            return kind(value=self.fc(given.value), again=self.fc(given["value"]).sin())
+
+    def make(x: Tensor) -> Any:
+        return Squared(x) if kind is Squared else kind(value=x)
+
+    def both(out: Any) -> Tensor:
+        if kind is Squared:
+            return out.value.sin().sum() + out.square.sum()
+        assert type(out) is kind and out["value"] is out.value and out["again"] is out.again
+        assert kind is AttrDict or out.note == "kept"
+        return out.value.sin().sum() + out.again.sum()
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        for step in range(2):
+            both(net(make(batch(6, seed=step)))).backward()
+    assert_same_gradients(wrapped, plain)

@@ -160,6 +160,8 @@ def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *,
         column = [grad if grad is None or grad.device == main else grad.to(main) for grad in away]
         present = tuple(t for t, grad in enumerate(column) if grad is not None and weights[t] != 0)
         chosen = [grad for t in present if (grad := column[t]) is not None]
+        if _have_zeros(chosen):
+            chosen = [grad.clone() for grad in chosen]
         results.append(None)
         if chosen and all(grad.is_sparse for grad in chosen):
             results[index] = _composed.sparse_mean(chosen, [weights[t] for t in present])
@@ -181,7 +183,13 @@ def _are_plain(columns: Sequence[Sequence[Grad]]) -> bool:
         {Tensor, nn.Parameter}.issuperset(map(type, grads))
         and {grad.layout for grad in grads} <= {torch.strided}
         and len({grad.device for grad in grads}) <= 1
+        and not _have_zeros(grads)
     )
+
+
+def _have_zeros(grads: Sequence[Tensor]) -> bool:
+    """Whether some are ZeroTensors, which have no memory: a backward of ``torch.sgn`` makes them."""
+    return not torch.compiler.is_compiling() and any(map(Tensor._is_zerotensor, grads))
 
 
 def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchtower.forward_mode import has_turn
 from torchtower.original import is_lazy_module
 from torchtower.rounds import current_tower, exchange, weight_of_tower
 
@@ -28,7 +29,7 @@ def tower_sum(value: Tensor) -> Tensor:
         The sum in tower order, of the same bits in every tower, on this tower's device.
 
     Raises:
-        RuntimeError: some tower finished its forward without calling.
+        RuntimeError: some tower finished its forward without calling; forward-mode differentiation is under way here.
         ValueError: tensors that differ in shape or dtype.
         TypeError: something that is no tensor.
 
@@ -53,6 +54,11 @@ class _TowerSum(torch.autograd.Function):
     # is linear again; its own backward, in the same unweighted terms, is the plain sum.
     @staticmethod
     def forward(ctx: Any, value: Tensor, weighted: bool) -> Tensor:
+        if has_turn():
+            raise RuntimeError(
+                "tower_sum: expected to be called (as by a synchronised BatchNorm) outside of forward-mode "
+                "differentiation, which one tower does at a time"
+            )
         weight = weight_of_tower() if weighted else None
         ctx.weighted = weight is not None
         first, *others = exchange(value.detach() if weight in (None, 1) else value.detach() * weight)

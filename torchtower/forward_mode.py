@@ -19,6 +19,12 @@ from torch.autograd import forward_ad
 from torchtower.rounds import current_tower
 
 _turn = threading.RLock()
+_local = threading.local()
+
+
+def has_turn() -> bool:
+    """Whether this thread is a tower's in forward mode, for which others may be waiting."""
+    return getattr(_local, "depth", 0) > 0
 
 
 @functools.cache
@@ -36,10 +42,11 @@ def _entering(enter: Callable[..., Any]) -> Callable[..., Any]:
         if not _is_in_tower():
             return enter(*args, **kwargs)
         _turn.acquire()
+        _local.depth = getattr(_local, "depth", 0) + 1
         try:
             return enter(*args, **kwargs)
         except BaseException:
-            _turn.release()
+            _give_turn()
             raise
 
     return enter_in_turn
@@ -51,10 +58,15 @@ def _exiting(exit_: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return exit_(*args, **kwargs)
         finally:
-            if _is_in_tower():
-                _turn.release()
+            if _is_in_tower() and has_turn():
+                _give_turn()
 
     return exit_in_turn
+
+
+def _give_turn() -> None:
+    _local.depth -= 1
+    _turn.release()
 
 
 def _is_in_tower() -> bool:

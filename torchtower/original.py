@@ -80,7 +80,7 @@ class Original:
         self.modules: list[nn.Module] = []
         self.containers: dict[int, list[Any]] = {}  # of each module, by its id
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
-        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None}
+        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None and _is_copied(b)}
         self._registered = [*parameters.values(), *buffers.values()]
         seen: set[int] = set()
         pending = [self.module]
@@ -100,7 +100,7 @@ class Original:
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
                     if value.device == self.device:
                         parameters.setdefault(id(value), value)
-                elif value.device == self.device or value.numel() <= SMALL:
+                elif _is_copied(value) if value.device == self.device else _is_small(value):
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
@@ -206,6 +206,15 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
             containers.append(container)
             pending.extend(_values(container))
     return [value for value in found if value is not None], containers
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    # Nothing can be copied into one of these, which hence stays as it is: one for all towers.
+    return not (tensor.is_nested or tensor.is_mkldnn)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.numel() <= SMALL
 
 
 def graph_tensors(module: nn.Module) -> list[Tensor]:

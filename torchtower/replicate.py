@@ -85,6 +85,7 @@ class Replica:
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
+        self._sources: list[Tensor] = []
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
 
@@ -106,16 +107,17 @@ class Replica:
             self._to_replica.add(module, twin)
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
-        self._sources: list[Tensor] = []
-        self._make_buffers(before)
+        known, self._sources = self._sources, []
+        self._make_buffers(before, known)
         for module in self._original.modules:
             self._install(module)
         self._watch_own()
 
-    def _make_buffers(self, before: Translation) -> None:
-        """Have a twin of each of the original's buffers, that of ``before`` where there was one."""
+    def _make_buffers(self, before: Translation, known: Iterable[Tensor]) -> None:
+        """Have a twin of each of the original's buffers, that of ``before`` where it was one of the ``known`` ones."""
+        buffers_before = set(map(id, known))  # what was a parameter has a leaf
         with torch.inference_mode(False), torch.no_grad():
-            twins = [before.get(buffer) for buffer in self._original.buffers]
+            twins = [before.get(b) if id(b) in buffers_before else None for b in self._original.buffers]
             self.buffers = [
                 buffer if self._is_main else self._copy_of(buffer) if twin is None else twin
                 for buffer, twin in zip(self._original.buffers, twins, strict=True)
@@ -127,6 +129,11 @@ class Replica:
             self._to_replica.add(buffer, twin)
             if twin is not buffer:
                 twin.__dict__ = buffer.__dict__  # shared: attributes of tensors may change at any time
+
+    def buffer_dicts(self) -> list[dict[str, Any]]:
+        """Each module's registered buffers by name, with what its forward has assigned."""
+        twins = [self._to_replica.get(module) for module in self._original.modules if not is_scripted(module)]
+        return [twin._buffers for twin in twins]
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         elsewhere = buffer.device != self._original.device
@@ -220,7 +227,7 @@ class Replica:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
         modules = self._original.modules
         if self._sources is not self._original.buffers:  # discovered anew
-            self._make_buffers(self._to_replica)
+            self._make_buffers(self._to_replica, self._sources)
         stale = {id(module): module for module in changed}
         if self._links:
             stale.update((id(module), module) for module in modules if id(module) in self._links)

@@ -75,8 +75,10 @@ def _children(value: Any) -> list[Any] | None:
 def _fields(value: Any) -> list[str]:
     if isinstance(value, SimpleNamespace):
         return list(vars(value))
-    # A field may have no value yet (``field(init=False)``).
-    return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    # A field may have no value yet (``field(init=False)``); what ``__post_init__`` makes of the rows may be none.
+    fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+    others = getattr(value, "__dict__", {}).items()
+    return fields + [name for name, part in others if isinstance(part, Tensor) and name not in fields]
 
 
 def _rebuild(value: Any, children: list[Any]) -> Any:
@@ -106,9 +108,14 @@ def _rebuild_mapping(value: Mapping[Any, Any], children: list[Any]) -> Any:
     if not isinstance(value, MutableMapping):
         return type(value)(items)  # type: ignore[call-arg]
     rebuilt: Any = copy.copy(value)  # keeps a default_factory and whatever else a subclass carries
+    attributes = getattr(value, "__dict__", {})
+    if attributes is value:  # its items are its attributes
+        rebuilt.__dict__ = rebuilt
     for key, child in items.items():
         if rebuilt[key] is not child:
             rebuilt[key] = child
+        if isinstance(child, Tensor) and attributes.get(key) is value[key]:  # an attribute, too
+            rebuilt.__dict__[key] = child
     return rebuilt
 
 

@@ -139,6 +139,7 @@ def test_a_counter_on_the_cpu_counts_once_a_call(devices: list[int], buffers: st
             self.fc = nn.Linear(3, 2).double()
             self.calls, self.sums = torch.zeros(()), [torch.zeros(2, 2)]
             self.table, self.skeleton = torch.zeros(2000), torch.ones(2, device="meta")
+            self.nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
             self.others = [nn.Linear(3, 2).requires_grad_(False), nn.BatchNorm1d(2)]
 
         def forward(self, x: Tensor) -> Tensor:
