@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtower.remote import version_of
+
 
 class _Guard:
     """Stands for a hook until the backward ends."""
@@ -34,10 +36,11 @@ class _IfAccumulated(_Guard):
     def __init__(self, hook: Any, tensor: Tensor) -> None:
         super().__init__(hook)
         self._before = tensor.grad
-        self._version = _version_of(self._before)
+        self._version = None if self._before is None else version_of(self._before)
 
     def __call__(self, tensor: Tensor) -> None:
-        if tensor.grad is not self._before or _version_of(tensor.grad) != self._version:
+        grad = tensor.grad
+        if grad is not self._before or (grad is not None and version_of(grad) != self._version):
             self.hook(tensor)
 
 
@@ -61,7 +64,3 @@ def _put_back(guards: list[tuple[Any, int, _Guard]]) -> None:
     for hooks, key, guard in guards:
         if hooks.get(key) is guard:  # not removed, nor another bridge's
             hooks[key] = guard.hook
-
-
-def _version_of(grad: Tensor | None) -> int | None:
-    return None if grad is None else grad._version

@@ -100,7 +100,7 @@ class Original:
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
                     if value.device == self.device:
                         parameters.setdefault(id(value), value)
-                elif _is_copied(value) if value.device == self.device else _is_small(value):
+                elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
@@ -214,7 +214,7 @@ def _is_copied(tensor: Tensor) -> bool:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested and tensor.numel() <= SMALL
+    return tensor.layout is torch.strided and tensor.numel() <= SMALL
 
 
 def graph_tensors(module: nn.Module) -> list[Tensor]:
