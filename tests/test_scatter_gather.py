@@ -41,7 +41,7 @@ def rows(count: int, columns: int = 2) -> Tensor:
 def test_rows_are_shared_out_evenly_and_in_order(count: int, num_towers: int) -> None:
     sizes = even_sizes(count, num_towers)
     assert sum(sizes) == count and len(sizes) == num_towers
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1 and list(sizes) == sorted(sizes, reverse=True)
 
 
 @settings(max_examples=40, deadline=None)

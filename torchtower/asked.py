@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+
+def _make_ticket() -> tuple[Tensor, Any]:
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.empty(0, requires_grad=True, device="cpu")
+        return leaf, get_gradient_edge(leaf).node
+
+
+# A leaf without elements that is the first input of every bridge. It requires grad, since what towers return may need
+# gradients where no input does; and nobody but us can ask for its gradient by name.
+ticket, _ticket_node = _make_ticket()
 
 
 class Asked:
@@ -14,21 +27,23 @@ class Asked:
     plain module no other branch of the graph is worth a computation, nor may fail.
 
     Args:
-        edges: the node's ``next_functions``. The first one leads to a leaf that nobody can ask for by name.
+        node: a bridge's, whose first input is the `ticket`.
     """
 
-    def __init__(self, edges: tuple[tuple[Any, int], ...]) -> None:
-        (nameless, _), *rest = edges
-        self._nodes = [node for node, _ in rest]
-        self.all = _is_executed(nameless) is True
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self.all = _is_executed(_ticket_node) is True
 
     def flags(self) -> list[bool]:
         """Which inputs' gradients are wanted, whatever for."""
-        return [_is_executed(node) is not False for node in self._nodes]
+        return [_is_executed(node) is not False for node in self._inputs()]
 
     def accumulated(self, count: int) -> list[bool]:
         """Which of the first ``count`` inputs, all leaves, are about to be accumulated into."""
-        return [_is_executed(node) is True for node in self._nodes[:count]]
+        return [_is_executed(node) is True for node in self._inputs()[:count]]
+
+    def _inputs(self) -> list[Any]:
+        return [node for node, _ in self._node.next_functions[1:]]
 
 
 def _is_executed(node: Any) -> bool | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchtower import _composed, ops
 
 Grad = Tensor | None
+_PLAIN = {Tensor, nn.Parameter}
 _WITHOUT_SHAPE = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
@@ -122,6 +123,8 @@ def normalized_weights(weights: Sequence[float] | None, num_towers: int, functio
 
 
 def _number(weight: Any, tower: int, function: str) -> float:
+    if type(weight) is float:
+        return weight
     try:
         number = weight.item() if hasattr(weight, "item") else weight  # a tensor's or an array's
     except (RuntimeError, ValueError):  # several numbers, or none on the meta device
@@ -180,9 +183,9 @@ def _are_plain(columns: Sequence[Sequence[Grad]]) -> bool:
     """Whether all gradients are there, dense and on one device: the usual case, told at the cost of a look at each."""
     grads: list[Any] = list(chain.from_iterable(columns))
     return (
-        {Tensor, nn.Parameter}.issuperset(map(type, grads))
-        and {grad.layout for grad in grads} <= {torch.strided}
-        and len({grad.device for grad in grads}) <= 1
+        _PLAIN.issuperset(map(type, grads))
+        and len(places := {(grad.layout, grad.device) for grad in grads}) <= 1
+        and all(layout is torch.strided for layout, _ in places)
         and not _have_zeros(grads)
     )
 
@@ -198,10 +201,11 @@ def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in
     has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads)
     if has_graph or _is_transformed() or (not in_place and _are_batched(columns)):
         return [_composed.mean(grads, weights) for grads in columns]
-    out = [
-        grads[0] if in_place and not _composed.is_expanded(grads[0]) else torch.empty_like(grads[0])
-        for grads in columns
-    ]
+    firsts = [grads[0] for grads in columns]
+    if in_place and all(map(Tensor.is_contiguous, firsts)):  # nearly always
+        out = firsts
+    else:
+        out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
     towers = zip(*columns, strict=True)
     ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
     return out
@@ -272,6 +276,8 @@ def _tell(tensor: Tensor) -> str:
 
 
 def _listed(items: Any, expected: str, function: str) -> list[Any]:
+    if type(items) is list:
+        return items
     # Text, mappings and sets can be iterated over, too, but not for what is meant here.
     if not isinstance(items, (str, bytes, Mapping, Set)):
         try:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.asked import Asked
+from torchtower.asked import Asked, ticket
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
@@ -130,7 +130,8 @@ class Bridge:
             ports: of the outputs.
             outputs: tower-major; None where a tower has no such output.
         """
-        values = join(ports, outputs, self._family.weights)
+        detached = [[part if part is None else without_graph(part) for part in tower] for tower in outputs]
+        values = join(ports, detached, self._family.weights)
         crossing = [
             index
             for index, value in enumerate(values)
@@ -143,11 +144,9 @@ class Bridge:
         ):
             self._out_ports = [ports[index] for index in crossing]
             self._roots = [[root_of(tower[index]) for index in crossing] for tower in outputs]
-            # A 0-element input that requires grad: what the towers return may need gradients where no input does.
-            ticket = torch.empty(0, requires_grad=True)
             carried = [values[index] for index in crossing]
-            with torch.enable_grad():
-                connected = _BridgeNode.apply(self, carried, ticket, *main_inputs)  # type: ignore[no-untyped-call]
+            apply: Any = _BridgeNode.apply if torch.is_grad_enabled() else torch.enable_grad()(_BridgeNode.apply)
+            connected = apply(self, carried, ticket, *main_inputs)
             for index, value in zip(crossing, connected, strict=True):
                 values[index] = value
         return values
@@ -291,7 +290,7 @@ class _BridgeNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
-        return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx.next_functions), grads))
+        return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx), grads))
 
 
 def _at(part: Grad, root: Root | None) -> Grad:

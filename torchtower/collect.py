@@ -13,8 +13,10 @@ that bucket travels and is reduced again at the end, from gradients that must be
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,21 +113,18 @@ class Sender:
         ]
         self._bucket_of = {id(leaf): bucket for bucket, leaves in enumerate(self._buckets) for leaf in leaves}
         self._missing = [{id(leaf) for leaf in leaves} for leaves in self._buckets]
+        self._handles: list[Any] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hear of every gradient that this tower accumulates."""
-        handles = [
-            leaf.register_post_accumulate_grad_hook(self._note)
-            for leaves in self._buckets
-            for leaf in leaves
-            if leaf.requires_grad
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watch(self) -> None:
+        """Hear of every gradient that this tower accumulates, until told to `stop`."""
+        for leaf in chain.from_iterable(self._buckets):
+            if leaf.requires_grad:
+                self._handles.append(leaf.register_post_accumulate_grad_hook(self._note))
+
+    def stop(self) -> None:
+        """Hear of nothing more."""
+        for handle in self._handles:
+            handle.remove()
 
     def _note(self, leaf: Tensor) -> None:
         """A leaf's gradient has been accumulated; send its bucket if it is full now."""

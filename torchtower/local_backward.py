@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,16 +53,21 @@ def local_backward(
     edges, given = _given(roots, grads)
     if not edges:
         return [None] * len(leaves)
-    with _requiring_grad(leaves, wanted):
-        try:
-            with nullcontext() if sender is None else sender.watching():
-                # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
-                _engine.run_backward(edges, given, keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
-            return [None if leaf is None else leaf.grad for leaf in leaves]
-        finally:
-            for leaf in leaves:
-                if leaf is not None:
-                    leaf.grad = None
+    now = requires_grad(leaves)
+    try:
+        _set_requires_grad(leaves, now, wanted)
+        if sender is not None:
+            sender.watch()
+        # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
+        _engine.run_backward(edges, given, keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
+        return [None if leaf is None else leaf.grad for leaf in leaves]
+    finally:
+        for leaf in leaves:
+            if leaf is not None:
+                leaf.grad = None
+        if sender is not None:
+            sender.stop()
+        _set_requires_grad(leaves, wanted, now)
 
 
 def local_grad(
@@ -89,8 +93,10 @@ def local_grad(
     edges, given = _given(roots, grads)
     inputs = {i: leaf for i, (leaf, flag) in enumerate(zip(leaves, wanted, strict=True)) if flag and leaf is not None}
     if edges and inputs:
-        flags = [flag or now for flag, now in zip(wanted, requires_grad(leaves), strict=True)]
-        with _requiring_grad(leaves, flags):
+        now = requires_grad(leaves)
+        flags = [flag or before for flag, before in zip(wanted, now, strict=True)]
+        try:
+            _set_requires_grad(leaves, now, flags)
             found = torch.autograd.grad(
                 edges,
                 list(inputs.values()),
@@ -99,6 +105,8 @@ def local_grad(
                 create_graph=torch.is_grad_enabled(),
                 allow_unused=True,
             )
+        finally:
+            _set_requires_grad(leaves, flags, now)
         for index, grad in zip(inputs, found, strict=True):
             results[index] = grad
     return results
@@ -107,18 +115,8 @@ def local_grad(
 def _given(roots: Sequence[Root | None], grads: Sequence[Grad]) -> tuple[tuple[GradientEdge, ...], tuple[Tensor, ...]]:
     """Where the backward begins, and with what."""
     pairs = [(r.edge, grad) for r, grad in zip(roots, grads, strict=True) if r is not None and grad is not None]
-    return tuple(edge for edge, _ in pairs), tuple(grad for _, grad in pairs)
-
-
-@contextmanager
-def _requiring_grad(leaves: Sequence[Grad], flags: Sequence[bool]) -> Iterator[None]:
-    """Within this context leaves require gradients as told; the user may have frozen or thawed parameters since."""
-    now = requires_grad(leaves)
-    try:
-        _set_requires_grad(leaves, now, flags)
-        yield
-    finally:
-        _set_requires_grad(leaves, flags, now)
+    edges, given = zip(*pairs, strict=True) if pairs else ((), ())
+    return edges, given
 
 
 def writable(leaf: Tensor) -> Tensor:
@@ -201,6 +199,7 @@ def requires_grad(leaves: Sequence[Grad]) -> list[bool]:
 
 
 def _set_requires_grad(leaves: Sequence[Grad], before: Sequence[bool], after: Sequence[bool]) -> None:
+    """Let leaves require gradients as told: the user may have frozen or thawed parameters since the forward."""
     if before == after:  # nearly always
         return
     for leaf, old, new in zip(leaves, before, after, strict=True):

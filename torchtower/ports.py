@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torchtower.devices import move
 from torchtower.scatter_gather import cat_rows
 
 
-@dataclass(frozen=True)
-class Port:
+class Port(NamedTuple):
     """How one value crosses the bridge.
 
     Args:
@@ -54,25 +53,24 @@ def join(
 
     Args:
         ports: one a value.
-        local_values: tower-major.
+        local_values: tower-major, without graphs: these are the bridge's to lead back.
         weights: of the towers.
         in_place: the towers' values are nobody else's and may be written to.
     """
-    results: list[Grad] = [None] * len(ports)
     columns = list(zip(*local_values, strict=True))
-    shared: list[int] = []
-    with torch.no_grad():
-        for index, (port, column) in enumerate(zip(ports, columns, strict=True)):
-            if port.kind == "shared":
-                shared.append(index)
-            elif port.kind == "rows":
-                results[index] = _join_rows(port, column, weights)
-            elif (value := column[port.tower]) is not None:
-                results[index] = without_graph(value)
-        # A call for nothing costs as much as joining a small output.
-        sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place) if shared else []
+    results: list[Grad] = [None] * len(ports)
+    shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
+    if shared:  # a call for nothing costs as much as joining a small output
+        sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
-            results[index] = None if total is None else move(total, ports[index].device)
+            device = ports[index].device
+            results[index] = total if total is None or total.device == device else move(total, device)
+    if len(shared) < len(ports):
+        for index, (port, column) in enumerate(zip(ports, columns, strict=True)):
+            if port.kind == "rows":
+                results[index] = _join_rows(port, column, weights)
+            elif port.kind == "solo":
+                results[index] = column[port.tower]
     return results
 
 
@@ -92,7 +90,7 @@ def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:
             if port.sizes is not None:
                 shape[port.dim] = port.sizes[tower]
             part = like.new_zeros(shape, device=port.device)
-        part = move(without_graph(part), port.device)
+        part = move(part, port.device)
         whole.append(part if weight == 1 else part * weight)
     if len(whole) == 1 and port.sizes is not None:
         return whole[0]

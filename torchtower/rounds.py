@@ -166,7 +166,7 @@ class Round:
             raise DesertedError(*answer.args)
         return list(answer)
 
-    def work(self, job: Callable[[], Any]) -> None:
+    def work(self, job: Callable[..., Any], *args: Any) -> None:
         """In a tower's thread: do its job and report."""
         tower_index = _local.tower_index
         if tower_index in self._begun:
@@ -175,7 +175,7 @@ class Round:
         _local.round = self
         try:
             if self._interrupt is None:
-                self.results[tower_index] = job()
+                self.results[tower_index] = job(*args)
         except BaseException as error:
             self.errors[tower_index] = error
         finally:

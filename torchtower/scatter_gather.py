@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set, ValuesView
 from io import IOBase
@@ -46,6 +47,8 @@ def map_tensors(
     """
     if isinstance(value, Tensor):
         return function(value)
+    if type(value) is tuple and value:  # most batches are made of these and tensors alone
+        return tuple([map_tensors(function, child, of_empty) for child in value])
     children = _children(value)
     if not children:
         return value if children is None else of_empty(value)
@@ -137,16 +140,16 @@ class Splits:
         where others have more, is for everybody, as in PyTorch's broadcasting.
         """
         num_towers = len(self.rows)
-        if num_towers == 1 or _size(tensor, self.dim) < 2:
+        if num_towers == 1 or (size := _size(tensor, self.dim)) < 2:
             return None
-        sizes = even_sizes(_size(tensor, self.dim), num_towers)
-        return list(tensor.split_with_sizes(sizes, self.dim))
+        return list(tensor.split_with_sizes(even_sizes(size, num_towers), self.dim))
 
 
-def even_sizes(rows: int, num_towers: int) -> list[int]:
+@functools.lru_cache
+def even_sizes(rows: int, num_towers: int) -> tuple[int, ...]:
     """Rows a tower: 9 over 4 are 3, 2, 2, 2 (``chunk`` gives 3, 3, 3 and nothing)."""
     share, rest = divmod(rows, num_towers)
-    return [share + (tower < rest) for tower in range(num_towers)]
+    return tuple(share + (tower < rest) for tower in range(num_towers))
 
 
 def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
@@ -167,11 +170,12 @@ def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
     split = [size for size in sizes if size > 1]
     if not split:
         return Splits(dim, [max(sizes, default=1)])
-    return Splits(dim, even_sizes(max(split), min(num_towers, *split)))
+    return Splits(dim, list(even_sizes(max(split), min(num_towers, *split))))
 
 
 def _size(tensor: Tensor, dim: int) -> int:
-    return tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else -1
+    shape = tensor.shape
+    return shape[dim] if -len(shape) <= dim < len(shape) else -1
 
 
 def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str], Any], path: str = "the output") -> Any:

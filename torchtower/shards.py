@@ -45,7 +45,8 @@ class Shards:
         self._empty: list[list[tuple[Any, Any]]] = [[] for _ in self.splits.rows]  # the batch's, and the tower's own
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
-                self._parts[id(tensor)] = parts = _with_own_counters(self.splits.parts(tensor))
+                parts = self.splits.parts(tensor)
+                self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see Note
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._add_input(tensor, parts)
 
@@ -69,20 +70,22 @@ class Shards:
         taken: dict[int, Tensor] = {}
 
         def take_tensor(tensor: Tensor) -> Tensor:
-            if id(tensor) not in taken:
-                parts = self._parts[id(tensor)]
-                part = tensor if parts is None else parts[tower]
+            key = id(tensor)
+            if key not in taken:
+                parts = self._parts[key]
+                part = (tensor if parts is None else parts[tower]).detach()
                 if part.device == device:
-                    self._aliased.add(id(tensor))
-                part = move(part.detach(), device)
-                if (port := self._port_of.get(id(tensor))) is not None:
+                    self._aliased.add(key)
+                else:
+                    part = move(part, device)
+                if (port := self._port_of.get(key)) is not None:
                     leaves[port] = part.requires_grad_()
                     part = self._handed[tower][port] = writable(part)
-                taken[id(tensor)] = part
-            return taken[id(tensor)]
+                taken[key] = part
+            return taken[key]
 
         def take_empty(container: Any) -> Any:
-            if not isinstance(container, (list, MutableMapping)):
+            if not isinstance(container, (list, dict, MutableMapping)):
                 return container
             own = copy.copy(container)
             self._empty[tower].append((container, own))
@@ -109,7 +112,7 @@ class Shards:
         """Tell autograd of the tensors that a forward wrote into, as the plain module's forward would have."""
         for tensor in self._tensors:
             parts = self._parts[id(tensor)] or ()
-            if any(not part.is_inference() and part._version for part in parts) and not tensor.is_inference():
+            if any([not part.is_inference() and part._version for part in parts]) and not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
 
     def aliases(self) -> Aliases:
@@ -137,9 +140,3 @@ class Aliases:
     def forget(self) -> None:
         """Let go of the batch: nothing saved of it is left."""
         self._parts_of.clear()
-
-
-def _with_own_counters(parts: list[Tensor] | None) -> list[Tensor] | None:
-    # The parts of one tensor share its version counter: what one tower wrote into its own would spoil what the others
-    # have saved for backward.
-    return None if parts is None else [part.data for part in parts]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -26,14 +26,6 @@ Result = TypeVar("Result")
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
 _parametrize: Any = parametrize
-
-
-class Autocast(NamedTuple):
-    """Autocast of one device type."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
 
 
 # Decorates what a surrounding torch.compile must leave alone: the graph breaks there and nothing within is traced.
@@ -56,16 +48,11 @@ def transforming() -> bool:
     )
 
 
-def without_parametrization_cache() -> AbstractContextManager[None]:
+def without_parametrization_cache(work: Callable[[], Result]) -> Result:
     """Within ``parametrize.cached()`` let towers compute their own: the cache knows modules by their original alone."""
-    return _without_parametrization_cache() if _parametrize._cache_enabled else nullcontext()
-
-
-@contextmanager
-def _without_parametrization_cache() -> Iterator[None]:
     before, _parametrize._cache_enabled = _parametrize._cache_enabled, 0
     try:
-        yield
+        return work()
     finally:
         _parametrize._cache_enabled = before
 
@@ -84,12 +71,12 @@ class ThreadState:
         self._grad_enabled = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocasts = [
-            Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in _device_types(tuple(devices))
         ]
         self._autocast_cache = torch.is_autocast_cache_enabled()
-        self._function_modes = [_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack())]
-        self._dispatch_modes = [_C._get_dispatch_stack_at(i) for i in range(_C._len_torch_dispatch_stack())]
+        self._function_modes = list(map(_C._get_function_stack_at, range(_C._len_torch_function_stack())))
+        self._dispatch_modes = list(map(_C._get_dispatch_stack_at, range(_C._len_torch_dispatch_stack())))
         self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
         self._hooks_disabled = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self._context = contextvars.copy_context()
@@ -105,11 +92,15 @@ class ThreadState:
 
     def run(self, device: torch.device, work: Callable[[], Result]) -> Result:
         """Do ``work`` in this thread, for a tower on ``device``, under the caller's state."""
-        context = self._context.copy()
-        return context.run(self._run, device, work)
+        return self._context.copy().run(self._run, device, work)
 
     def _run(self, device: torch.device, work: Callable[[], Result]) -> Result:
-        self._set_flags()
+        # Not restored afterwards: a tower's thread does nothing but jobs, and each sets them all.
+        _C._set_grad_enabled(self._grad_enabled)
+        torch.set_autocast_cache_enabled(self._autocast_cache)
+        for kind, enabled, dtype in self._autocasts:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
         # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears it
         # for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see workers).
         torch.autocast_increment_nesting()
@@ -135,14 +126,6 @@ class ThreadState:
                 _C._push_on_torch_function_stack(self._of_tower(mode, device))
                 stack.callback(_C._pop_torch_function_stack)
             return work()
-
-    def _set_flags(self) -> None:
-        # Not restored afterwards: a tower's thread does nothing but jobs, and each sets them all.
-        _C._set_grad_enabled(self._grad_enabled)
-        torch.set_autocast_cache_enabled(self._autocast_cache)
-        for autocast in self._autocasts:
-            torch.set_autocast_enabled(autocast.device_type, autocast.enabled)
-            torch.set_autocast_dtype(autocast.device_type, autocast.dtype)
 
     def _of_tower(self, mode: Any, device: torch.device) -> Any:
         if isinstance(mode, DeviceContext) and _names(mode.device, self._main_device):

@@ -279,7 +279,9 @@ class Towers:
     def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Grad]]]:
         """The tensors with a graph, in attributes, that some tower has used; and their leaves, tower-major."""
         rows = list(zip(*[replica.links() for replica in self._replicas[: len(local_outputs)]], strict=True))
-        reached = set(map(id, leaves_of(chain.from_iterable(local_outputs)))) if rows else set()
+        if not rows:
+            return [], [[] for _ in local_outputs]
+        reached = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
         used = [
             (source, [link.leaf for link in row])
             for row in rows

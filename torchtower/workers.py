@@ -94,8 +94,8 @@ class TowerPool:
                 _send_team_home()
             began_s = time.perf_counter()
             round_ = Round(starts, weights)
-            with without_parametrization_cache():
-                interrupt = round_.run(1 if in_turn else self.max_concurrency)
+            run = functools.partial(round_.run, 1 if in_turn else self.max_concurrency)
+            interrupt = without_parametrization_cache(run)
         finally:
             self._running = False
         self.has_met = round_.has_met
@@ -163,8 +163,7 @@ class _TowerThread:
     def do(self, job: Job, state: ThreadState, seeds: Seeds, round_: Round) -> None:
         """Let the thread do ``job`` as this round's tower, under the caller's state."""
         run = functools.partial(state.run, self._device, job)
-        work = functools.partial(draw_from, TowerGenerators(self._tower_index, seeds), run)
-        self._inbox.put(functools.partial(round_.work, work))
+        self._inbox.put(functools.partial(round_.work, draw_from, TowerGenerators(self._tower_index, seeds), run))
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
