@@ -63,7 +63,8 @@ def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[fl
     """
     grads, variables = _split_pairs(tower_grads, "average_gradients")
     shares = normalized_weights(weights, len(grads), "average_gradients")
-    means = weighted_sum(_columns(grads, "average_gradients"), shares, in_place=False)
+    _columns(grads, "average_gradients")
+    means = weighted_sum(grads, shares, in_place=False)
     return means if variables is None else list(zip(means, variables, strict=True))
 
 
@@ -139,13 +140,13 @@ def _number(weight: Any, tower: int, function: str) -> float:
         return math.inf
 
 
-def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
-    """Sum ``weights[t] * columns[p][t]`` over towers, for every parameter ``p``.
+def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
+    """Sum ``weights[t] * towers[t][p]`` over towers, for every parameter ``p``.
 
     The road of both `average_gradients` and the autograd bridge.
 
     Args:
-        columns: parameter-major, for each parameter one gradient a tower: dense, sparse or None; of any device.
+        towers: tower-major, gradients in the same order in every tower: dense, sparse or None; of any device.
         weights: raw, as `torchtower.ops.tower_mean_` takes them.
         in_place: write into the first dense gradient of each parameter, whose memory is hot and already mapped;
             it must be nobody else's.
@@ -153,13 +154,14 @@ def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *,
     Returns:
         One gradient a parameter on the first tower's device; None where every tower has None.
     """
-    if _are_plain(columns) and 0 not in weights:
-        return list(_sum_dense(columns, weights, in_place))  # type: ignore[arg-type]
+    grads = list(chain.from_iterable(towers))
+    if _are_plain(grads) and 0 not in weights:
+        return list(_sum_dense(towers, weights, in_place))  # type: ignore[arg-type]
     results: list[Grad] = []
     # One call of the op for each set of towers that have a gradient: nearly always a single call.
     groups: dict[tuple[int, ...], list[tuple[int, torch.dtype, list[Tensor]]]] = {}
-    main = next((grad.device for tower in zip(*columns, strict=True) for grad in tower if grad is not None), None)
-    for index, away in enumerate(columns):
+    main = next((grad.device for grad in grads if grad is not None), None)
+    for index, away in enumerate(zip(*towers, strict=True)):
         column = [grad if grad is None or grad.device == main else grad.to(main) for grad in away]
         present = tuple(t for t, grad in enumerate(column) if grad is not None and weights[t] != 0)
         chosen = [grad for t in present if (grad := column[t]) is not None]
@@ -173,15 +175,15 @@ def weighted_sum(columns: Sequence[Sequence[Grad]], weights: Sequence[float], *,
         elif any(grad is not None for grad in column):
             results[index] = torch.zeros_like(next(grad for grad in column if grad is not None))
     for present, members in groups.items():
-        sums = _sum_dense([grads for _, _, grads in members], [weights[t] for t in present], in_place)
+        rows = list(zip(*[column for _, _, column in members], strict=True))
+        sums = _sum_dense(rows, [weights[t] for t in present], in_place)
         for (index, dtype, _), total in zip(members, sums, strict=True):
             results[index] = total.to(dtype)
     return results
 
 
-def _are_plain(columns: Sequence[Sequence[Grad]]) -> bool:
+def _are_plain(grads: Sequence[Any]) -> bool:
     """Whether all gradients are there, dense and on one device: the usual case, told at the cost of a look at each."""
-    grads: list[Any] = list(chain.from_iterable(columns))
     return (
         _PLAIN.issuperset(map(type, grads))
         and len(places := {(grad.layout, grad.device) for grad in grads}) <= 1
@@ -195,26 +197,25 @@ def _have_zeros(grads: Sequence[Tensor]) -> bool:
     return not torch.compiler.is_compiling() and any(map(Tensor._is_zerotensor, grads))
 
 
-def _sum_dense(columns: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
-    if list(weights) == [1.0]:
-        return [grads[0] if in_place else grads[0].clone() for grads in columns]
-    has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in columns for grad in grads)
-    if has_graph or _is_transformed() or (not in_place and _are_batched(columns)):
-        return [_composed.mean(grads, weights) for grads in columns]
-    firsts = [grads[0] for grads in columns]
+def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
+    firsts, *others = towers
+    if not others and weights[0] == 1:
+        return firsts if in_place else [grad.clone() for grad in firsts]
+    has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in towers for grad in grads)
+    if has_graph or _is_transformed() or (not in_place and _are_batched(firsts)):
+        return [_composed.mean(grads, weights) for grads in zip(*towers, strict=True)]
+    out: Sequence[Tensor]
     if in_place and all(map(Tensor.is_contiguous, firsts)):  # nearly always
         out = firsts
     else:
         out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
-    towers = zip(*columns, strict=True)
     ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
     return out
 
 
-def _are_batched(columns: Sequence[Sequence[Tensor]]) -> bool:
+def _are_batched(grads: Sequence[Tensor]) -> bool:
     """Whether ``torch.autograd.grad(is_grads_batched=True)`` has made them."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return not torch.compiler.is_compiling() and any(is_batched(grads[0]) for grads in columns)
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
 
 
 def _is_transformed() -> bool:

@@ -179,8 +179,8 @@ class Bridge:
             on_backward()
         if family.held and family.synchronize:
             kept = family.held.kept(parameters, accumulated)
-            columns = list(zip(values, *kept, strict=False))
-            sums = weighted_sum(columns, [1.0] * (1 + len(kept)), in_place=not torch.is_grad_enabled())
+            shares = [values[: len(parameters)], *kept]
+            sums = weighted_sum(shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
             values[: len(parameters)] = sums
             family.held.release(parameters, accumulated)
         if without := [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]:

@@ -92,8 +92,7 @@ class Collection:
 
     def _reduce(self, towers: list[list[Grad]]) -> list[Grad]:
         with _on(self._device):
-            columns = list(zip(*[_move(grads, self._device) for grads in towers], strict=True))
-            return weighted_sum(columns, self._weights, in_place=False)
+            return weighted_sum([_move(grads, self._device) for grads in towers], self._weights, in_place=False)
 
 
 class Sender:

@@ -57,20 +57,20 @@ def join(
         weights: of the towers.
         in_place: the towers' values are nobody else's and may be written to.
     """
-    columns = list(zip(*local_values, strict=True))
     results: list[Grad] = [None] * len(ports)
     shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
     if shared:  # a call for nothing costs as much as joining a small output
-        sums = weighted_sum([columns[index] for index in shared], weights, in_place=in_place)
+        all_are = len(shared) == len(ports)
+        summands = local_values if all_are else [[tower[index] for index in shared] for tower in local_values]
+        sums = weighted_sum(summands, weights, in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
             device = ports[index].device
             results[index] = total if total is None or total.device == device else move(total, device)
-    if len(shared) < len(ports):
-        for index, (port, column) in enumerate(zip(ports, columns, strict=True)):
-            if port.kind == "rows":
-                results[index] = _join_rows(port, column, weights)
-            elif port.kind == "solo":
-                results[index] = column[port.tower]
+    for index, port in enumerate(ports):
+        if port.kind == "rows":
+            results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
+        elif port.kind == "solo":
+            results[index] = local_values[port.tower][index]
     return results
 
 

@@ -159,7 +159,7 @@ class Towers:
 
     def _accumulate_inner_gradients(self, towers: list[list[Grad]]) -> None:
         """Give the parameters what a backward within the forward has left in the replicas, summed over towers."""
-        totals = weighted_sum(list(zip(*towers, strict=True)), [1.0] * len(towers), in_place=False)
+        totals = weighted_sum(towers, [1.0] * len(towers), in_place=False)
         for parameter, total in zip(self._original.parameters, totals, strict=True):
             if total is not None:
                 total = move(total, parameter.device)
@@ -343,7 +343,7 @@ def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
             or (part.shape, part.dtype) != (main.shape, main.dtype)
         ):
             return None
-    (mean,) = weighted_sum([column], shares, in_place=False)
+    (mean,) = weighted_sum([[part] for part in column], shares, in_place=False)
     assert main is not None and mean is not None
     alike = torch.stack([part.to(main.device) == main for part in others if part is not None]).all(0)
     return torch.where(alike, main, mean)
