@@ -46,7 +46,7 @@ class Shards:
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
                 parts = self.splits.parts(tensor)
-                self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see Note
+                self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._add_input(tensor, parts)
 
