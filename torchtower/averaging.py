@@ -63,7 +63,7 @@ def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[fl
     """
     grads, variables = _split_pairs(tower_grads, "average_gradients")
     shares = normalized_weights(weights, len(grads), "average_gradients")
-    _columns(grads, "average_gradients")
+    _check_alike(grads, "average_gradients")
     means = weighted_sum(grads, shares, in_place=False)
     return means if variables is None else list(zip(means, variables, strict=True))
 
@@ -91,7 +91,8 @@ def stack_gradients(tower_grads: Iterable[Iterable[Any]]) -> list[Any]:
                 [0., 0.]])
     """
     grads, variables = _split_pairs(tower_grads, "stack_gradients")
-    stacks = [_stack(column) for column in _columns(grads, "stack_gradients")]
+    _check_alike(grads, "stack_gradients")
+    stacks = [_stack(column) for column in zip(*grads, strict=True)]
     return stacks if variables is None else list(zip(stacks, variables, strict=True))
 
 
@@ -234,7 +235,7 @@ def _dense(grads: list[Tensor]) -> list[Tensor]:
     return [wide.to_dense() if wide.is_sparse else wide for wide in map(_composed.wide, grads)]
 
 
-def _stack(column: list[Grad]) -> Grad:
+def _stack(column: Sequence[Grad]) -> Grad:
     like = next((grad for grad in column if grad is not None), None)
     if like is None:
         return None
@@ -244,12 +245,11 @@ def _stack(column: list[Grad]) -> Grad:
     return torch.stack(rows).to(like.dtype)
 
 
-def _columns(tower_grads: Sequence[Sequence[Grad]], function: str) -> list[list[Grad]]:
-    """Parameter-major, checked to be alike over towers."""
-    columns = [list(column) for column in zip(*tower_grads, strict=True)]
+def _check_alike(tower_grads: Sequence[Sequence[Grad]], function: str) -> None:
+    """Raise if a parameter's gradients differ between towers in more than their numbers."""
     main = next((grad for grad in chain.from_iterable(tower_grads) if grad is not None), None)
     on_meta = main is not None and main.is_meta
-    for parameter, column in enumerate(columns):
+    for parameter, column in enumerate(zip(*tower_grads, strict=True)):
         first, like = next(((tower, grad) for tower, grad in enumerate(column) if grad is not None), (0, None))
         for tower, grad in enumerate(column):
             if grad is None or like is None:
@@ -268,7 +268,6 @@ def _columns(tower_grads: Sequence[Sequence[Grad]], function: str) -> list[list[
                     f"{function}: expected every gradient {'' if on_meta else 'not '}to be on meta, as the first, but "
                     f"tower {tower}'s of parameter {parameter} is on {grad.device}"
                 )
-    return columns
 
 
 def _tell(tensor: Tensor) -> str:

@@ -64,8 +64,7 @@ def join(
         summands = local_values if all_are else [[tower[index] for index in shared] for tower in local_values]
         sums = weighted_sum(summands, weights, in_place=in_place)
         for index, total in zip(shared, sums, strict=True):
-            device = ports[index].device
-            results[index] = total if total is None or total.device == device else move(total, device)
+            results[index] = None if total is None else move(total, ports[index].device)
     for index, port in enumerate(ports):
         if port.kind == "rows":
             results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)

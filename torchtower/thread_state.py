@@ -50,6 +50,8 @@ def transforming() -> bool:
 
 def without_parametrization_cache(work: Callable[[], Result]) -> Result:
     """Within ``parametrize.cached()`` let towers compute their own: the cache knows modules by their original alone."""
+    if not _parametrize._cache_enabled:  # written to by no one then: another thread may be entering
+        return work()
     before, _parametrize._cache_enabled = _parametrize._cache_enabled, 0
     try:
         return work()

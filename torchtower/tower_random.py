@@ -82,7 +82,7 @@ class TowerGenerators:
         self._tower_index = tower_index
         self._seeds = seeds
         self._generators: dict[torch.device, Generator] = {}
-        self.fresh: dict[torch.device, int] = {}
+        self._fresh: dict[torch.device, int] = {}
 
     def on(self, device: torch.device) -> Generator:
         """The generator that this tower's draws on ``device`` come from."""
@@ -93,13 +93,13 @@ class TowerGenerators:
                 generator = default_generator(device)
             else:
                 generator = torch.Generator(device).manual_seed(seed)
-                self.fresh[device] = _hash_of(generator)
+                self._fresh[device] = _hash_of(generator)
             self._generators[device] = generator
         return generator
 
     def note_draws(self) -> None:
         """Tell what was drawn; recomputing what a checkpoint dropped is none, as it leaves generators as they were."""
-        for device, fresh in self.fresh.items():
+        for device, fresh in self._fresh.items():
             if _hash_of(self._generators[device]) != fresh:
                 self._seeds.note_draw(device.type)
 
@@ -114,8 +114,7 @@ def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result
     finally:
         torch._C._dispatch_tls_set_dispatch_key_included(key, False)
         _local.generators = None
-        if generators.fresh:
-            generators.note_draws()
+        generators.note_draws()
 
 
 def _hash_of(generator: Generator) -> int:
