@@ -213,7 +213,7 @@ class Bridge:
             ]
         local = family.pool.run(jobs, weights=family.weights)
         if collection is not None:
-            collected = collection.finish(local, len(parameters))
+            collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
             return collected + join(self._in_ports[len(parameters) :], rest, family.weights, in_place=True)
         if not family.synchronize:

@@ -27,16 +27,19 @@ from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
 
 
 def cut_buckets(parameters: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the parameters that need gradients, last first, cut where a bucket is full or the dtype changes."""
+    """Indices of the parameters that need gradients, last first, cut where a bucket is full or the kind changes."""
     buckets: list[list[int]] = []
+    before: tuple[torch.dtype, torch.device] | None = None
     size = 0
     for index in reversed(range(len(parameters))):
         parameter = parameters[index]
         if not parameter.requires_grad:
             continue
-        if not buckets or size >= BUCKET_BYTES or parameters[buckets[-1][-1]].dtype != parameter.dtype:
+        kind = (parameter.dtype, parameter.device)
+        if size >= BUCKET_BYTES or kind != before:
             buckets.append([])
             size = 0
+            before = kind
         buckets[-1].append(index)
         size += num_bytes(parameter)
     return buckets
@@ -75,19 +78,19 @@ class Collection:
         with self._lock:
             self._spoiled.add(bucket)
 
-    def finish(self, local_grads: list[list[Grad]], num_parameters: int) -> list[Grad]:
+    def finish(self, local_grads: list[list[Grad]], parameters: Sequence[Tensor]) -> list[Grad]:
         """Reduce what has not been yet, or must be again; all backwards have ended.
 
         Returns:
-            The reduced gradient of each parameter, None where no tower has one.
+            The reduced gradient of each parameter, on its device; None where no tower has one.
         """
-        results: list[Grad] = [None] * num_parameters
+        results: list[Grad] = [None] * len(parameters)
         for bucket, indices in enumerate(self.buckets):
             reduced = self._reduced.pop(bucket, None)
             if reduced is None or bucket in self._spoiled:
                 reduced = self._reduce([[grads[index] for index in indices] for grads in local_grads])
             for index, grad in zip(indices, reduced, strict=True):
-                results[index] = grad
+                results[index] = None if grad is None else move(grad, parameters[index].device)
         return results
 
     def _reduce(self, towers: list[list[Grad]]) -> list[Grad]:

@@ -61,9 +61,9 @@ class Original:
 
     Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and stand in
     plain attributes, lists and dicts count too, as the plain module would train them; other tensors there are buffers.
-    Of those that lie elsewhere than on the main device only the small ones are (a counter on the CPU): a table and what
-    is trained are left alone. Tensors with a graph are no parameters: every replica has leaves of its own for them,
-    see `torchtower.replicate`.
+    Of those that lie elsewhere than on the main device only the small ones are (a counter on the CPU): a table is left
+    alone. Tensors with a graph are no parameters: every replica has leaves of its own for them, see
+    `torchtower.replicate`.
 
     Args:
         module: the user's module.
@@ -98,8 +98,7 @@ class Original:
                 elif value.grad_fn is not None:
                     continue
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
-                    if value.device == self.device:
-                        parameters.setdefault(id(value), value)
+                    parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())

@@ -4,7 +4,8 @@ Note [What a replica shares]
 A replica's modules are new objects of the same classes; their attributes are the original's, translated where they lead
 back into the tree (see rewrite). Its parameters are leaves of their own, so that each tower's backward has somewhere to
 put its gradient; on the main tower's device they alias the original's storage and share its version counter: one set of
-weights for any number of towers, and changing it between forward and backward raises as in the plain module. The main
+weights for any number of towers, and changing it between forward and backward raises as in the plain module. So they do
+where the user has left one in an attribute on a device of its own. The main
 tower's replica holds the original's buffers themselves, so that what it writes persists; the others hold copies, made
 afresh before every forward. Replicas live as long as the original keeps its shape: a compiled module must not compile
 again, RNN weights are flattened once.
@@ -142,10 +143,11 @@ class Replica:
     def _make_leaves(self, before: Translation) -> list[Tensor]:
         parameters = self._original.parameters
         facts = {id(p): (p.data_ptr(), p.shape, p.stride(), p.dtype) for p in parameters}
-        if self._remote is None:
-            storages: Sequence[Tensor] = parameters
-        else:
-            storages = self._remote.lay_out(parameters)
+        storages = list(parameters)
+        if self._remote is not None:
+            remote = [index for index, p in enumerate(parameters) if p.device == self._original.device]
+            for index, storage in zip(remote, self._remote.lay_out([parameters[i] for i in remote]), strict=True):
+                storages[index] = storage
         leaves = []
         for parameter, storage in zip(parameters, storages, strict=True):
             leaf = before.get(parameter)

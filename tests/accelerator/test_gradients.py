@@ -373,3 +373,41 @@ def test_activations_that_a_hook_keeps_lead_to_the_parameters(devices: list[int]
             loss = loss + feature.to(loss.device).square().sum()
         loss.backward()
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@every_layout
+def test_what_is_trained_on_the_cpu_in_an_attribute_has_the_plain_gradient(devices: list[int], style: str) -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.temperature = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+            self.elsewhere = [nn.Linear(3, 2).double()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) / self.temperature + self.elsewhere[0](x.cpu()).to(x)
+
+    plain, wrapped = twins(Tempered(), devices)
+    sgds = [
+        torch.optim.SGD([*inner.parameters(), inner.temperature, *inner.elsewhere[0].parameters()], 0.1)
+        for inner in (plain, wrapped.module)
+    ]
+    for step in range(3):
+        x = rows(7, seed=step)
+        plain(x).square().mean().backward()
+        if style == "drop-in":
+            wrapped(x).square().mean().backward()
+        else:
+            wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+        assert_same_gradients(wrapped, plain)
+        assert_same_values(wrapped.module.temperature.grad, plain.temperature.grad)
+        assert (
+            wrapped.module.temperature.grad.device
+            == wrapped.module.elsewhere[0].weight.grad.device
+            == plain.fc.weight.device
+        )
+        assert_same_values(wrapped.module.elsewhere[0].weight.grad, plain.elsewhere[0].weight.grad)
+        for sgd in sgds:
+            sgd.step()
+            sgd.zero_grad()
