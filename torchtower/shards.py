@@ -41,6 +41,7 @@ class Shards:
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
+        self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
         self._handed: list[dict[int, Tensor]] = [{} for _ in self.splits.rows]  # what needs gradients, by its port
         self._empty: list[list[tuple[Any, Any]]] = [[] for _ in self.splits.rows]  # the batch's, and the tower's own
         for tensor in self._tensors:
@@ -77,7 +78,10 @@ class Shards:
                 if part.device == device:
                     self._aliased.add(key)
                 else:
-                    part = move(part, device)
+                    with torch.inference_mode(False):  # has a version counter then, in which writes show
+                        part = move(part, device)
+                    if parts is not None:
+                        self._moved.append((key, parts[tower], part))
                 if (port := self._port_of.get(key)) is not None:
                     leaves[port] = part.requires_grad_()
                     part = self._handed[tower][port] = writable(part)
@@ -109,7 +113,13 @@ class Shards:
                 (container.update if isinstance(container, MutableMapping) else container.extend)(own)
 
     def pass_on_writes(self) -> None:
-        """Tell autograd of the tensors that a forward wrote into, as the plain module's forward would have."""
+        """Let the tensors that a forward wrote into be as the plain module's forward would have left them.
+
+        What some tower has where it lies is written to there: the other towers' rows must not stay behind.
+        """
+        for key, rows, moved in self._moved:
+            if key in self._aliased and moved._version:
+                rows.copy_(moved, non_blocking=True)
         for tensor in self._tensors:
             parts = self._parts[id(tensor)] or ()
             if any([not part.is_inference() and part._version for part in parts]) and not tensor.is_inference():

@@ -224,3 +224,45 @@ def test_a_parameter_that_a_forward_thaws_has_its_gradient_in_that_very_call(dev
             sum_of_squares(net(rows(8))).backward()
         assert (plain.first.weight.grad is not None) is (step % 2 == 1)
         assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@pytest.mark.parametrize("where", [0, 1, "cpu"])
+@every_layout
+def test_what_a_forward_writes_into_the_batch_is_written_to_all_of_it_or_nothing(
+    devices: list[int], where: Any, style: str, mode: Any
+) -> None:
+    plain, wrapped = twins(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), devices)
+    x = rows(8).to(where if where == "cpu" else device(where))
+    with mode():
+        if style == "drop-in":
+            expected, got = plain(rows(8)).square().mean(), wrapped(x).square().mean()
+        else:
+            expected = plain(rows(8)).square().mean()
+            got = wrapped.tower_loss(lambda net, x: net(x).square().mean(), x)
+    assert_same_values(got, expected)
+    assert_same_values(x, rows(8) if where == "cpu" else rows(8).relu())
+    if mode is torch.enable_grad:
+        expected.backward()
+        got.backward()
+        assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@every_layout
+def test_what_a_forward_writes_into_a_batch_with_a_graph_is_written_to_all_of_it(
+    devices: list[int], style: str
+) -> None:
+    plain, wrapped = twins(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), devices)
+    leaf = rows(7).to(device(0)).requires_grad_()
+    x = leaf * 2
+    if style == "drop-in":
+        wrapped(x).square().mean().backward()
+    else:
+        wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+    other = rows(7).requires_grad_()
+    plain(other * 2).square().mean().backward()
+    assert_same_values(x, (rows(7) * 2).relu())
+    assert_same_values(leaf.grad, other.grad)
+    assert_same_gradients(wrapped, plain)
