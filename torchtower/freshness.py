@@ -1,8 +1,9 @@
 """Whether replicas on other devices may have fallen behind the user's parameters.
 
 No counter of a tensor tells: fused optimizers and writes through ``p.data`` move neither version nor pointer. What does
-tell is that something happened after which trainable parameters may have changed: a backward of ours, any optimizer's
-step, or a change between training and evaluation, around which programs swap averaged weights in and out.
+tell is that something happened after which parameters may have changed: the trainable ones at a backward of ours or any
+optimizer's step, all of them at a change between training and evaluation, around which programs swap averaged weights
+in and out and merge adapters into frozen ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Freshness:
 
     def __init__(self, matters: bool) -> None:
         self._backwards = 0
-        self._seen: tuple[int, int, bool] | None = None
+        self._seen: tuple[int, int] | None = None
+        self._training: bool | None = None
         if matters:
             _watch_optimizers()
 
@@ -44,12 +46,17 @@ class Freshness:
         """Gradients have been made; whoever reads them may change the parameters."""
         self._backwards += 1
 
-    def stale(self, training: bool) -> bool:
-        """Whether trainable parameters may have changed since this was last asked.
-
-        Args:
-            training: whether the module is in training mode.
-        """
-        now = (self._backwards, _last_step, training)
+    def stale(self) -> bool:
+        """Whether trainable parameters may have changed since this was last asked."""
+        now = (self._backwards, _last_step)
         before, self._seen = self._seen, now
         return now != before
+
+    def switched(self, training: bool) -> bool:
+        """Whether the module has gone from training to evaluation, or back, since this was last asked.
+
+        Args:
+            training: whether it is in training mode.
+        """
+        before, self._training = self._training, training
+        return training != before

@@ -188,7 +188,9 @@ class Towers:
             for replica in self._replicas:
                 replica.follow(changes)
         self._written_to = []
-        stale = self._freshness.stale(is_training(self.module))
+        if self._freshness.switched(is_training(self.module)):
+            self.refresh()
+        stale = self._freshness.stale()
         for replica in self._replicas:
             replica.refresh_parameters(stale)
             replica.refresh_buffers()

@@ -217,8 +217,11 @@ def swap(module: nn.Module, values: list[Tensor]) -> list[Tensor]:
     return before
 
 
-def test_averaged_weights_swapped_in_for_an_evaluation_and_out_again_are_seen() -> None:
+@pytest.mark.parametrize("frozen", [0, 2], ids=["averaged weights", "weights merged into frozen ones"])
+def test_weights_swapped_in_for_an_evaluation_and_out_again_are_seen(frozen: int) -> None:
     plain, wrapped = twins(mlp(), [0, 1])
+    for parameter in list(wrapped.parameters())[:frozen]:
+        parameter.requires_grad_(False)
     wrapped(rows(8)).sum().backward()
     by_optimizer(torch.optim.SGD)(wrapped)
     trained = [parameter.detach().clone() for parameter in wrapped.parameters()]
