@@ -333,9 +333,9 @@ class TowerParallel(Steps[Module]):
     def refresh(self) -> None:
         """Let the next call bring the replicas on other devices up to date, whatever changed the parameters.
 
-        Needed only where nothing tells of the change: a write through ``p.data`` or from numpy to a frozen parameter,
-        or to a trainable one when neither a backward, nor an optimizer's step, nor a change between training and
-        evaluation lies between two calls.
+        Needed only where nothing tells of the change: a write through ``p.data`` or from numpy when no change between
+        training and evaluation lies between two calls, and for a trainable parameter neither a backward nor an
+        optimizer's step.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
