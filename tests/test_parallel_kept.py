@@ -448,3 +448,38 @@ def test_objects_of_a_kind_of_their_own_are_shared_and_never_written_to() -> Non
     held = list(net.held)
     wrap(net, 2)(torch.ones(4, 3)).sum().backward()
     assert all(old is new and new.net is net.fc for old, new in zip(held, net.held, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [dict, lambda: {"layer": nn.Linear(2, 2).double()}], ids=["of tensors", "that leads to a layer"]
+)
+@pytest.mark.parametrize("num_towers", [2, 3])
+def test_modules_that_share_a_dict_hand_tensors_on_in_it(num_towers: int, make: Callable[[], dict[str, Any]]) -> None:
+    class Writer(nn.Module):
+        def __init__(self, shared: dict[str, Any]) -> None:
+            super().__init__()
+            self.fc, self.shared, self.lists = nn.Linear(3, 2), shared, [shared]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shared["h"] = self.fc(x)
+            assert self.lists[0] is self.shared
+            return x
+
+    class Reader(nn.Module):
+        def __init__(self, shared: dict[str, Any]) -> None:
+            super().__init__()
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.shared["h"]
+            return h.tanh() if "layer" not in self.shared else self.shared["layer"](h)
+
+    shared = make()
+    plain, wrapped = twins(nn.Sequential(Writer(shared), Reader(shared)), num_towers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            net(batch(7, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+    kept = wrapped.module[0].shared
+    assert kept is wrapped.module[1].shared
+    assert kept.keys() == plain[0].shared.keys()

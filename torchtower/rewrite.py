@@ -30,8 +30,8 @@ from torchtower.parts import (
 )
 
 
-class _Record:
-    """A record and its copy, which all share that share the record."""
+class _Pair:
+    """A container or record and its copy, which all share that share the source."""
 
     def __init__(self, source: Any, twin: Any) -> None:
         self.source = source  # alive, so that its id stays its own
@@ -51,9 +51,9 @@ class Translation:
         self.copy_containers = copy_containers
         self.deep = deep
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
-        self.records: weakref.WeakValueDictionary[int, _Record] = weakref.WeakValueDictionary()
-        # The records met since this was replaced: as long as somebody holds on to one, its copy stays the same.
-        self.met: list[_Record] = []
+        self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
+        # Those met since this was replaced: as long as somebody holds on to one, its copy stays the same.
+        self.met: list[_Pair] = []
 
     def add(self, source: Any, target: Any) -> None:
         """Let ``source`` be translated to ``target``."""
@@ -129,11 +129,14 @@ class _Copy:
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
-        if is_record(value):
-            self._done[id(value)] = self._record(value, copy)
-        elif type(value) in CONTAINERS:
-            self._done[id(value)] = copying.copy(value)  # keeps a default_factory, a maxlen
-            _refill(self._done[id(value)], [self.of(part, copy) for part in self._parts_of(value) or ()])
+        if type(value) in CONTAINERS or is_record(value):
+            twin = self._done[id(value)] = self._twin_of(value)
+            parts = [self.of(part, copy) for part in self._parts_of(value) or ()]
+            if is_record(value):
+                vars(twin).clear()
+                vars(twin).update(zip(vars(value), parts, strict=True))
+            else:
+                _refill(twin, parts)
         elif isinstance(value, types.FunctionType):
             self._done[id(value)] = self._function(value)
         elif parts_of(value) is None:
@@ -155,18 +158,13 @@ class _Copy:
                 (twin if into == "items" else vars(twin))[key] = translated
         return twin
 
-    def _record(self, value: Any, copy: bool) -> Any:
-        record = self._translation.records.get(id(value))
-        if record is None:
-            # None of the class's own code is run, which might hand out the user's object.
-            twin = types.SimpleNamespace() if type(value) is types.SimpleNamespace else object.__new__(type(value))
-            record = self._translation.records[id(value)] = _Record(value, twin)
-        self._translation.met.append(record)
-        twin = self._done[id(value)] = record.twin
-        parts = {name: self.of(part, copy) for name, part in vars(value).items()}
-        vars(twin).clear()
-        vars(twin).update(parts)
-        return twin
+    def _twin_of(self, value: Any) -> Any:
+        """The one copy of a container or record, whose contents are yet to be translated."""
+        pair = self._translation.pairs.get(id(value))
+        if pair is None:
+            pair = self._translation.pairs[id(value)] = _Pair(value, _like(value))
+        self._translation.met.append(pair)
+        return pair.twin
 
     def _immutable(self, value: Any, parts: list[Any]) -> Any:
         if not _changed(parts_of(value) or [], parts):
@@ -204,6 +202,14 @@ class _Copy:
         copied.__qualname__ = value.__qualname__
         copied.__dict__.update((name, self.of(part, False)) for name, part in value.__dict__.items())
         return copied
+
+
+def _like(value: Any) -> Any:
+    if isinstance(value, types.SimpleNamespace):
+        return types.SimpleNamespace()
+    # Of a record none of the class's own code is run, which might hand out the user's object; a container keeps its
+    # default_factory or maxlen.
+    return object.__new__(type(value)) if is_record(value) else copying.copy(value)
 
 
 def _refill(container: Any, parts: list[Any]) -> None:
