@@ -4,12 +4,13 @@ namespace torchtower {
 
 namespace {
 
-bool same_values(PyObject* dict, PyObject* before) {
-  if (PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(before)) return false;
+bool same_entries(PyObject* dict, PyObject* before) {
+  if (2 * PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(before)) return false;
   Py_ssize_t position = 0;
+  PyObject* key = nullptr;
   PyObject* value = nullptr;
-  for (Py_ssize_t i = 0; PyDict_Next(dict, &position, nullptr, &value) != 0; ++i) {
-    if (value != PyTuple_GET_ITEM(before, i)) return false;
+  for (Py_ssize_t i = 0; PyDict_Next(dict, &position, &key, &value) != 0; i += 2) {
+    if (key != PyTuple_GET_ITEM(before, i) || value != PyTuple_GET_ITEM(before, i + 1)) return false;
   }
   return true;
 }
@@ -39,7 +40,7 @@ bool same_contents(const pybind11::list& containers, const pybind11::list& befor
     PyObject* const container = PyList_GET_ITEM(containers.ptr(), static_cast<Py_ssize_t>(i));
     PyObject* const then = PyList_GET_ITEM(before.ptr(), static_cast<Py_ssize_t>(i));
     if (!PyTuple_Check(then)) throw pybind11::type_error("same_contents: expected tuples");
-    const bool same = PyDict_Check(container)   ? same_values(container, then)
+    const bool same = PyDict_Check(container)   ? same_entries(container, then)
                       : PyList_Check(container) ? same_items(container, then)
                                                 : same_members(container, then);
     if (!same) return false;

@@ -264,6 +264,121 @@ def test_a_change_after_wrapping_takes_effect_at_the_next_forward(change: str, n
     both_go_backward(plain, wrapped, rows=5)
 
 
+class Keyed(nn.Module):
+    """Whose output depends on the keys under which it finds things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flags, self.gains = {"a": True}, {"left": 1.0, "right": 2.0}
+        self.heads = nn.ModuleDict({"a": nn.Linear(3, 2)})
+        self.register_buffer("mean", torch.full((2,), 3.0))
+        self.first = 5.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        (name,) = self.heads
+        factors = ["a" in self.flags, self.gains["left"], hasattr(self, "first"), "mean" in self._buffers, name == "a"]
+        return self.heads[name](x) * sum(float(factor) * 10**i for i, factor in enumerate(factors))
+
+
+def _exchange(gains: dict[str, float]) -> None:
+    left, right = gains.values()
+    gains.clear()
+    gains.update(right=left, left=right)
+
+
+def _rename_buffer(net: Any) -> None:
+    buffer = net.mean
+    del net.mean
+    net.register_buffer("std", buffer)
+
+
+def _rename_attribute(net: Any) -> None:
+    net.second = net.first
+    del net.first
+
+
+RENAMINGS: dict[str, Callable[[Any], Any]] = {
+    "entry": lambda net: net.flags.update(b=net.flags.pop("a")),
+    "entries exchanged": lambda net: _exchange(net.gains),
+    "submodule": lambda net: net.heads.update({"b": net.heads.pop("a")}),
+    "buffer": _rename_buffer,
+    "attribute": _rename_attribute,
+}
+
+
+@pytest.mark.parametrize("num_towers", (1, 3))
+@pytest.mark.parametrize("renaming", RENAMINGS)
+def test_what_stands_under_another_name_is_found_there(renaming: str, num_towers: int) -> None:
+    plain, wrapped = twins(Keyed(), num_towers)
+    both_go_backward(plain, wrapped)
+    for net in (plain, wrapped.module):
+        RENAMINGS[renaming](net)
+    both_go_backward(plain, wrapped)
+
+
+class Offset(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("registered", torch.zeros(2))
+        self.attribute = torch.zeros(2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * (1 + self.registered) + self.attribute
+
+
+@pytest.mark.parametrize("where", ["registered", "attribute"])
+@pytest.mark.parametrize("num_towers", (1, 3))
+def test_a_buffer_may_be_trained_later_and_frozen_again(num_towers: int, where: str) -> None:
+    plain, wrapped = twins(Offset(), num_towers)
+    for trained in (False, True, False, True):
+        for net in (plain, wrapped.module):
+            getattr(net, where).requires_grad_(trained)
+        both_go_backward(plain, wrapped)
+        ours, theirs = getattr(wrapped.module, where), getattr(plain, where)
+        assert_close(ours.grad, theirs.grad)
+        assert (ours.grad is not None) == trained
+        ours.grad = theirs.grad = None
+
+
+@pytest.mark.parametrize("where", ["registered", "attribute"])
+@pytest.mark.parametrize("num_towers", (1, 3))
+def test_a_buffer_may_be_filled_in_place_with_what_has_a_graph_and_detached(num_towers: int, where: str) -> None:
+    plain, wrapped = twins(Offset(), num_towers)
+    weights = [torch.ones(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for filled in (False, True, True, False, True):
+        for net, weight in zip((plain, wrapped.module), weights, strict=True):
+            getattr(net, where).detach_()
+            if filled:
+                getattr(net, where).copy_(weight.square())
+        both_go_backward(plain, wrapped)
+        assert_close(weights[1].grad, weights[0].grad)
+
+
+@pytest.mark.parametrize("num_towers", (1, 3))
+def test_a_state_that_is_detached_in_place_is_one_for_all_towers(num_towers: int) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.state = nn.Linear(3, 2), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.state is None:
+                self.state = self.fc(x).sum(0)
+            else:
+                self.state.add_(1)
+            return self.fc(x) + self.state
+
+    plain, wrapped = twins(Counting(), num_towers)
+    for net in (plain, wrapped):
+        net(batch(6))
+    for net in (plain, wrapped.module):
+        net.state.detach_().zero_()
+    for _ in range(2):
+        both_go_backward(plain, wrapped)
+        assert_close(wrapped.module.state, plain.state)
+
+
 def test_data_transposed_in_place_are_seen() -> None:
     plain, wrapped = twins(nn.Linear(3, 3), 2)
     both_go_backward(plain, wrapped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ class Silent:
         raise AssertionError("compared")
 
 
-def values(container: Any) -> tuple[Any, ...]:
-    return tuple(container.values() if isinstance(container, dict) else container)
+def contents(container: Any) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(container.items()) if isinstance(container, dict) else container)
 
 
 A, B = Silent(), Silent()
@@ -38,7 +39,7 @@ MAKES: dict[str, Callable[[list[Any]], Any]] = {
 @pytest.mark.parametrize("kind", MAKES)
 def test_what_is_kept_added_removed_replaced_and_swapped_is_told(kind: str) -> None:
     make = MAKES[kind]
-    before = [values(make([])), values(make([A, B]))]
+    before = [contents(make([])), contents(make([A, B]))]
     assert same_contents([make([]), make([A, B])], before)
     for held in ([A, Silent()], [A], [A, B, A], [B, A], []):
         assert not same_contents([make([]), make(held)], before)
@@ -47,14 +48,21 @@ def test_what_is_kept_added_removed_replaced_and_swapped_is_told(kind: str) -> N
 
 def test_sets_are_told_by_their_members() -> None:
     held = {A, B}
-    before = [values(held)]
+    before = [contents(held)]
     assert same_contents([held], before)
     held.add(Silent())
     assert not same_contents([held], before)
 
 
+def test_dicts_are_told_by_their_keys_too() -> None:
+    before = [contents({"a": A, "b": B})]
+    assert same_contents([{"a": A, "b": B}], before)
+    for held in ({"a": A, "c": B}, {"b": A, "a": B}, {"b": B, "a": A}):
+        assert not same_contents([held], before)
+
+
 def test_equal_is_not_the_same() -> None:
-    assert not same_contents([{"a": [1]}], [([1],)])
+    assert not same_contents([{"a": [1]}], [("a", [1])])
     assert not same_contents([[1000001]], [(int("1000001"),)])
 
 
@@ -66,7 +74,7 @@ def test_lists_of_containers_of_different_lengths_are_not_the_same() -> None:
 
 def test_no_reference_is_kept_or_lost() -> None:
     held = [dict.fromkeys(range(3), A), [A, A], deque([A]), {A}]
-    before = [values(container) for container in held]
+    before = [contents(container) for container in held]
     count = sys.getrefcount(A)
     for _ in range(100):
         assert same_contents(held, before)

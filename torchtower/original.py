@@ -5,6 +5,7 @@ Reads the user's module and never writes to it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
@@ -37,7 +38,7 @@ class Watch:
 
     def remember(self) -> None:
         """Take today's contents for the unchanged ones."""
-        self._before = [tuple(_values(container)) for container in self._containers]
+        self._before = [tuple(_contents_of(container)) for container in self._containers]
 
     def changed(self) -> list[int]:
         """Which groups hold other objects than were remembered; costs little when none does."""
@@ -48,12 +49,12 @@ class Watch:
     def _compared(self) -> Iterator[bool]:
         before = iter(self._before)
         for group in self._groups:
-            pairs = [(tuple(_values(container)), next(before)) for container in group]
+            pairs = [(tuple(_contents_of(container)), next(before)) for container in group]
             yield all(len(now) == len(then) and all(map(is_, now, then)) for now, then in pairs)
 
 
-def _values(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
+def _contents_of(container: Any) -> Iterable[Any]:
+    return chain.from_iterable(container.items()) if isinstance(container, dict) else container
 
 
 class Original:
@@ -82,6 +83,7 @@ class Original:
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
         buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None and _is_copied(b)}
         self._registered = [*parameters.values(), *buffers.values()]
+        self._graphs: list[weakref.ref[Tensor]] = []
         seen: set[int] = set()
         pending = [self.module]
         while pending:
@@ -96,7 +98,7 @@ class Original:
                     if not self._is_ancestor(value):
                         pending.append(value)
                 elif value.grad_fn is not None:
-                    continue
+                    self._graphs.append(weakref.ref(value))
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
                     parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
@@ -151,9 +153,11 @@ class Original:
                     f"module.{move_it}'{self.device}')"
                 )
 
-    def remember(self) -> None:
-        """Take changes of our own making for seen."""
+    def remember(self, graphs: Iterable[Tensor]) -> None:
+        """Take changes of our own making for seen, that brought these tensors with graphs."""
         self._watch.remember()
+        self._graphs = [reference for reference in self._graphs if reference() is not None]
+        self._graphs.extend(map(weakref.ref, graphs))
 
     def forget(self) -> None:
         """Let the next `changes` find that everything may have changed."""
@@ -163,7 +167,10 @@ class Original:
         # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
         classes: list[Any] = list(map(type, self.modules))
         scripted = chain.from_iterable(map(facts_of, self._scripted))
-        return [*classes, *scripted] + [
+        # In place a tensor is made one to be trained or given a graph, and detached.
+        graphs = [graph for reference in self._graphs if (graph := reference()) is not None]
+        turned = any(b.requires_grad for b in self.buffers) or not all(g.requires_grad for g in graphs)
+        return [turned, *classes, *scripted] + [
             (p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in self.parameters
         ]
 
@@ -203,7 +210,7 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         elif (container := container_of(value)) is not None and id(container) not in seen:
             seen.add(id(container))
             containers.append(container)
-            pending.extend(_values(container))
+            pending.extend(container.values() if isinstance(container, dict) else container)
     return [value for value in found if value is not None], containers
 
 

@@ -89,7 +89,9 @@ class Bucket:
         versions = [version_of(parameter) for parameter in self._parameters]
         first = self._parameters[0]
         is_buffer = not isinstance(first, nn.Parameter)  # that requires grad: refreshed like any other
-        if versions == self._versions and not (is_buffer or (stale and first.requires_grad)):
+        # An optimizer steps frozen ones, too, as long as they have a gradient.
+        may_change = stale and any(p.requires_grad or p.grad is not None for p in self._parameters)
+        if versions == self._versions and not (is_buffer or may_change):
             return
         self._versions = versions
         with torch.no_grad():

@@ -209,6 +209,18 @@ def test_a_parameter_frozen_after_a_step_was_brought_up_to_date(simulated: types
     assert_same_values(wrapped(rows(8)), plain(rows(8)))
 
 
+def test_a_frozen_parameter_that_an_optimizer_goes_on_stepping_is_seen() -> None:
+    plain, wrapped = twins(mlp(), [0, 1])
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, fused=True) for net in (plain, wrapped)]
+    for step in range(4):
+        for net, inner, optimizer in zip((plain, wrapped), (plain, wrapped.module), optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=False)
+            inner[0].requires_grad_(step < 2)  # its gradient is zero from then on, and its momentum moves it
+            net(rows(8)).square().sum().backward()
+            optimizer.step()
+        assert_same_values(wrapped(rows(8)), plain(rows(8)))
+
+
 def swap(module: nn.Module, values: list[Tensor]) -> list[Tensor]:
     """Write through ``data``, which moves no counter; returns what was there."""
     before = [parameter.detach().clone() for parameter in module.parameters()]
