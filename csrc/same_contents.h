@@ -5,9 +5,9 @@
 
 namespace torchtower {
 
-// `before` has a tuple for each of `containers`: of a dict its keys and values in turn, of a list or
-// another iterable its members. Compares by identity alone and runs no code of the objects: a module
-// has hundreds, looked at several times a step.
+// `before` has a tuple for each of `containers`: of a dict its keys and values in turn, of a list
+// or another iterable its members. Compares by identity alone and runs no code of the objects: a
+// module has hundreds, looked at several times a step.
 bool same_contents(const pybind11::list& containers, const pybind11::list& before);
 
 }  // namespace torchtower
