@@ -483,3 +483,70 @@ def test_modules_that_share_a_dict_hand_tensors_on_in_it(num_towers: int, make: 
     kept = wrapped.module[0].shared
     assert kept is wrapped.module[1].shared
     assert kept.keys() == plain[0].shared.keys()
+
+
+@pytest.mark.parametrize("num_towers", [2, 3])
+def test_what_a_closure_holds_beside_a_layer_is_followed(num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    settings: list[dict[str, Any]] = []
+    for inner in (plain, wrapped.module):
+        settings.append({"layers": [inner[2]], "scale": 2.0})
+        inner[0].register_forward_hook(_apply_settings(settings[-1]))
+    for step in range(4):
+        for net, inner, setting in zip((plain, wrapped), (plain, wrapped.module), settings, strict=True):
+            if step == 1:
+                setting["scale"] = 0.5
+            if step == 2:
+                setting["layers"].append(inner[2])
+            net(batch(7, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+
+
+def _apply_settings(settings: dict[str, Any]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        norms = sum(layer.weight.square().sum() for layer in settings["layers"])
+        return output * settings["scale"] * norms
+
+    return hook
+
+
+@pytest.mark.parametrize("num_towers", [2, 3])
+@pytest.mark.parametrize("make", [dict, types.SimpleNamespace], ids=["dict", "namespace"])
+def test_what_hooks_put_beside_a_layer_is_found_by_others_and_kept(make: Callable[..., Any], num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    stores = []
+    for inner in (plain, wrapped.module):
+        store = make(layer=inner[0], first=None, calls=0)
+        stores.append(vars(store) if make is types.SimpleNamespace else store)
+        inner[0].register_forward_hook(_put_into(store))
+        inner[2].register_forward_hook(_add_from(store))
+    for step in range(3):
+        for net, store in zip((plain, wrapped), stores, strict=True):
+            x = batch(7, seed=step)
+            (net(x).square().sum() + store["first"].square().sum() * 0).backward()
+        assert_same_gradients(wrapped, plain)
+        rows = stores[1]["first"].shape[0]
+        assert rows < 7  # the main tower's
+        assert_close(stores[1]["first"], stores[0]["first"][:rows])
+        assert stores[1]["calls"] == step + 1
+        assert stores[1]["layer"] is wrapped.module[0]
+
+
+def _entries(store: Any) -> dict[str, Any]:
+    return store if isinstance(store, dict) else vars(store)
+
+
+def _put_into(store: Any) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        entries = _entries(store)
+        entries["first"], entries["calls"] = output, entries["calls"] + 1
+
+    return hook
+
+
+def _add_from(store: Any) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        entries = _entries(store)
+        return output + entries["first"].sum(1, keepdim=True) * entries["layer"].weight.sum()
+
+    return hook

@@ -17,6 +17,8 @@ what it does not need, an earlier backward may have freed it.
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -30,20 +32,21 @@ from torch import Tensor, nn
 from torchtower.devices import move
 from torchtower.local_backward import is_bridged, writable
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
-from torchtower.parts import container_of
+from torchtower.parts import container_of, parts_of
 from torchtower.remote import RemoteStorage, copy_together, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
 
 # Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
+_CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
 _DELETED = object()
 
 
 class Place(NamedTuple):
     """A container that a forward may write to."""
 
-    kind: str  # "attributes", "structure" (of the above) or "container"
+    kind: str  # "attributes", "structure" (of the above), "container", or "outside" (what functions lead to)
     target: Any  # the original's
     twin: Any  # the replica's
     known: Any  # what the replica's held when `Replica.take_written` last looked, or when it was installed
@@ -223,7 +226,8 @@ class Replica:
         return [link for module in self._original.modules for link in self._links.get(id(module), ())]
 
     def _watch_own(self) -> None:
-        self._own = Watch((place.twin for place in self._places[id(m)]) for m in self._original.modules)
+        groups = [self._places[id(module)] for module in self._original.modules]
+        self._own = Watch(chain.from_iterable(map(_watched, places)) for places in groups)
 
     def follow(self, changed: Iterable[nn.Module]) -> None:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
@@ -309,17 +313,32 @@ def _places(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
     yield _place("attributes", module.__dict__, twin.__dict__)
     for name in _WRITTEN_DICTS:
         yield _place("structure", module.__dict__[name], twin.__dict__[name])
-    pending = [(value, twin.__dict__[name]) for name, value in module.__dict__.items() if name not in MODULE_DICTS]
-    seen = set()
+    seen: set[int] = set()
+    attributes = [name for name in module.__dict__ if name not in MODULE_DICTS]
+    pending = [("container", module.__dict__[name], twin.__dict__[name]) for name in attributes]
+    for name, hooks in dicts_of(module).items():
+        pending += [("outside", *pair) for pair in zip(hooks.values(), twin.__dict__[name].values(), strict=True)]
     while pending:
-        value, copied = pending.pop()
-        if isinstance(value, tuple):
-            pending.extend(zip(value, copied, strict=True))
-        elif (target := container_of(value)) is not None and id(target) not in seen:
-            seen.add(id(target))
-            place = _place("container", target, container_of(copied))
-            yield place
-            pending.extend(zip(_values(target), _values(place.twin), strict=True))
+        kind, value, copied = pending.pop()
+        if kind == "outside" and value is copied:  # one for all towers
+            continue
+        if (target := container_of(value)) is not None:
+            if id(target) not in seen:
+                seen.add(id(target))
+                place = _place(kind, target, container_of(copied))
+                yield place
+                pending += [(kind, *pair) for pair in zip(_values(target), _values(place.twin), strict=True)]
+        elif isinstance(value, tuple):
+            pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
+        elif value is not copied and isinstance(value, _CALLABLES) and id(value) not in seen:
+            seen.add(id(value))
+            parts = zip(parts_of(value) or (), parts_of(copied) or (), strict=True)
+            pending += [("outside", *pair) for pair in parts]
+
+
+def _watched(place: Place) -> list[Any]:
+    # What functions lead to is watched by nobody else.
+    return [place.twin, place.target] if place.kind == "outside" else [place.twin]
 
 
 def _place(kind: str, target: Any, twin: Any) -> Place:

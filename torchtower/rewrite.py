@@ -43,7 +43,8 @@ class Translation:
 
     Args:
         copy_containers: copy small containers even where nothing in them is translated, so that what one side adds
-            to them does not reach the other. Those that functions refer to stay shared: a hook may collect there.
+            to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
+            that is translated: a hook may collect there.
         deep: look into objects of any class, which a forward may have made for what it leaves behind.
     """
 
