@@ -10,7 +10,8 @@ bool same_entries(PyObject* dict, PyObject* before) {
   PyObject* key = nullptr;
   PyObject* value = nullptr;
   for (Py_ssize_t i = 0; PyDict_Next(dict, &position, &key, &value) != 0; i += 2) {
-    if (key != PyTuple_GET_ITEM(before, i) || value != PyTuple_GET_ITEM(before, i + 1)) return false;
+    if (key != PyTuple_GET_ITEM(before, i) || value != PyTuple_GET_ITEM(before, i + 1))
+      return false;
   }
   return true;
 }

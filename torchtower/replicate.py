@@ -5,10 +5,9 @@ A replica's modules are new objects of the same classes; their attributes are th
 back into the tree (see rewrite). Its parameters are leaves of their own, so that each tower's backward has somewhere to
 put its gradient; on the main tower's device they alias the original's storage and share its version counter: one set of
 weights for any number of towers, and changing it between forward and backward raises as in the plain module. So they do
-where the user has left one in an attribute on a device of its own. The main
-tower's replica holds the original's buffers themselves, so that what it writes persists; the others hold copies, made
-afresh before every forward. Replicas live as long as the original keeps its shape: a compiled module must not compile
-again, RNN weights are flattened once.
+where the user has left one in an attribute on a device of its own. The main tower's replica holds the original's
+buffers themselves, so that what it writes persists; the others hold copies, made afresh before every forward. Replicas
+live as long as the original keeps its shape: a compiled module must not compile again, RNN weights are flattened once.
 
 A tensor with a graph that an attribute holds (what an earlier forward left there, or the user) is represented by a leaf
 in each replica. The user's graph behind it is joined on only where a forward has used it: a backward must not walk into
