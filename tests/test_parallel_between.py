@@ -322,12 +322,15 @@ def in_place_first() -> nn.Module:
     return nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(3, 3))
 
 
+@pytest.mark.parametrize("num_rows", [1, 6])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_an_input_that_a_forward_writes_into_is_in_the_graph_as_in_the_plain_module(num_towers: int) -> None:
+def test_an_input_that_a_forward_writes_into_is_in_the_graph_as_in_the_plain_module(
+    num_towers: int, num_rows: int
+) -> None:
     plain, wrapped = twins(in_place_first(), num_towers)
     found = []
     for net in (plain, wrapped):
-        x = batch(6, requires_grad=True)
+        x = batch(num_rows, requires_grad=True)
         hidden = x * 3
         loss = (net(hidden) * hidden).square().sum()
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)

@@ -98,12 +98,16 @@ class Shards:
         return map_tensors(take_tensor, self._batch, take_empty), leaves
 
     def overwritten(self) -> list[tuple[int, list[Tensor | None]]]:
-        """Of which `ports` a forward has written into the rows, with autograd on; and what each tower has there now."""
+        """Of which `ports` a forward has written into the batch, with autograd on; and what each tower has there now.
+
+        Of tensors that every one of several towers has whole none is told: no tower's graph knows of all writes.
+        """
         found: list[tuple[int, list[Tensor | None]]] = []
-        for index, port in enumerate(self.ports):
-            parts = [handed.get(index) for handed in self._handed]
-            if port.kind == "rows" and not all(part is None or is_untouched(part) for part in parts):
-                found.append((index, parts))
+        for index, (port, tensor) in enumerate(zip(self.ports, self.main_inputs, strict=True)):
+            if id(tensor) in self._aliased and (port.kind == "rows" or len(self._handed) == 1):
+                parts = [handed.get(index) for handed in self._handed]
+                if not all(part is None or is_untouched(part) for part in parts):
+                    found.append((index, parts))
         return found
 
     def pass_on_contents(self) -> None:

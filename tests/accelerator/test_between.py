@@ -266,3 +266,15 @@ def test_what_a_forward_writes_into_a_batch_with_a_graph_is_written_to_all_of_it
     assert_same_values(x, (rows(7) * 2).relu())
     assert_same_values(leaf.grad, other.grad)
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7])
+@every_layout
+def test_a_batch_elsewhere_that_needs_gradients_is_not_written_to(devices: list[int], num_rows: int) -> None:
+    plain, wrapped = twins(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), devices)
+    x, other = rows(num_rows).requires_grad_(), rows(num_rows).requires_grad_()
+    wrapped(x).square().sum().backward()
+    plain(other * 1).square().sum().backward()
+    assert_same_values(x, rows(num_rows))
+    assert_same_values(x.grad, other.grad)
+    assert_same_gradients(wrapped, plain)
