@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from torchtower.asked import Asked, ticket
-from torchtower.averaging import Grad, weighted_sum
+from torchtower.averaging import Grad
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.freshness import Freshness
@@ -180,8 +180,8 @@ class Bridge:
         if family.held and family.synchronize:
             kept = family.held.kept(parameters, accumulated)
             shares = [values[: len(parameters)], *kept]
-            sums = weighted_sum(shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
-            values[: len(parameters)] = sums
+            ports = self._in_ports[: len(parameters)]
+            values[: len(parameters)] = join(ports, shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
             family.held.release(parameters, accumulated)
         if without := [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]:
             spare_hooks(chain(without, leaves_of(without)))

@@ -375,7 +375,7 @@ def test_activations_that_a_hook_keeps_lead_to_the_parameters(devices: list[int]
     assert_same_gradients(wrapped, plain)
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@pytest.mark.parametrize("style", ["drop-in", "tower_loss", "no_sync"])
 @every_layout
 def test_what_is_trained_on_the_cpu_in_an_attribute_has_the_plain_gradient(devices: list[int], style: str) -> None:
     class Tempered(nn.Module):
@@ -396,10 +396,16 @@ def test_what_is_trained_on_the_cpu_in_an_attribute_has_the_plain_gradient(devic
     for step in range(3):
         x = rows(7, seed=step)
         plain(x).square().mean().backward()
-        if style == "drop-in":
-            wrapped(x).square().mean().backward()
-        else:
+        if style == "tower_loss":
             wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+        else:
+            wrapped(x).square().mean().backward()
+        if style == "no_sync":
+            plain(x).square().sum().backward()
+            with wrapped.no_sync():
+                wrapped(x).square().sum().backward()
+            for net in (plain, wrapped):
+                net(x).sum().backward()
         assert_same_gradients(wrapped, plain)
         assert_same_values(wrapped.module.temperature.grad, plain.temperature.grad)
         assert (
