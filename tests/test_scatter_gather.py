@@ -32,6 +32,10 @@ def cut(batch: Any, num_towers: int, dim: int = 0) -> list[Any]:
     return [part_for(tower) for tower in range(len(splits.rows))]
 
 
+def gather(outputs: list[Any], join: Callable[[list[Tensor], str], Any]) -> Any:
+    return gather_structure(outputs, lambda columns: [join(parts, path) for path, parts in columns])
+
+
 def rows(count: int, columns: int = 2) -> Tensor:
     return torch.arange(count * columns).view(count, columns)
 
@@ -145,7 +149,7 @@ def test_containers_keep_their_type_and_what_is_no_tensor_its_identity(kind: str
         assert all(len(t) == count for t in tensors_in(parts[tower]))
         assert len(tensors_in(parts[tower])) == len(tensors_in(whole))
     assert all(len(t) == 5 for t in tensors_in(whole)), "the caller's structure is left alone"
-    joined = gather_structure(parts, lambda tensors, path: torch.cat(tensors))
+    joined = gather(parts, lambda tensors, path: torch.cat(tensors))
     assert type(joined) is type(whole)
     assert all(torch.equal(a, b) for a, b in zip(tensors_in(joined), tensors_in(whole), strict=True))
 
@@ -153,21 +157,21 @@ def test_containers_keep_their_type_and_what_is_no_tensor_its_identity(kind: str
 def test_gathering_names_the_path_of_every_field() -> None:
     paths = []
     outputs = [{"a": (rows(1), [rows(1)])}, {"a": (rows(1), [rows(1)])}]
-    gather_structure(outputs, lambda parts, path: paths.append(path))
+    gather(outputs, lambda parts, path: paths.append(path))
     assert paths == ["the output['a'][0]", "the output['a'][1][0]"]
 
 
 @pytest.mark.parametrize("value", [None, 3, 2.5, "text", True, torch.float32, torch.device("cpu"), Colour.RED, b"x"])
 def test_what_is_no_tensor_must_be_alike_in_every_tower_and_stays(value: Any) -> None:
-    assert gather_structure([value, value], lambda parts, path: None) is value
+    assert gather([value, value], lambda parts, path: None) is value
 
 
 def test_arrays_and_what_is_not_a_number_are_compared_by_value() -> None:
     array = np.arange(3)
-    assert gather_structure([array, np.arange(3)], lambda parts, path: None) is array
+    assert gather([array, np.arange(3)], lambda parts, path: None) is array
     with pytest.raises(ValueError, match="tower 1's is"):
-        gather_structure([array, np.ones(3)], lambda parts, path: None)
-    gather_structure([float("nan"), float("nan")], lambda parts, path: None)
+        gather([array, np.ones(3)], lambda parts, path: None)
+    gather([float("nan"), float("nan")], lambda parts, path: None)
 
 
 def test_objects_without_equality_are_as_alike_as_one_can_tell() -> None:
@@ -175,12 +179,12 @@ def test_objects_without_equality_are_as_alike_as_one_can_tell() -> None:
         pass
 
     first = Thing()
-    assert gather_structure([first, Thing()], lambda parts, path: None) is first
+    assert gather([first, Thing()], lambda parts, path: None) is first
 
 
 def test_objects_of_different_types_differ() -> None:
     with pytest.raises(ValueError, match=r"tower 1's is 1\.0"):
-        gather_structure([1, 1.0], lambda parts, path: None)
+        gather([1, 1.0], lambda parts, path: None)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_what_has_no_rows_to_split_is_refused_by_its_kind(tensor: Tensor, kind: 
 
 def test_towers_may_fill_their_dicts_in_any_order() -> None:
     outputs = [{"a": rows(1), "b": rows(1, 5)}, {"b": rows(2, 5), "a": rows(2)}]
-    joined = gather_structure(outputs, lambda parts, path: torch.cat(parts))
+    joined = gather(outputs, lambda parts, path: torch.cat(parts))
     assert list(joined) == ["a", "b"]
     assert joined["a"].shape == (3, *rows(1).shape[1:]) and joined["b"].shape == (3, 5)
 
@@ -249,19 +253,19 @@ def test_an_object_that_holds_tensors_and_is_no_container_is_refused(make: Calla
     with pytest.raises(
         TypeError, match=rf"the output\['a'\] to be of tensors in .* but got a {kind} that holds tensors"
     ):
-        gather_structure(outputs, lambda parts, path: parts[0])
+        gather(outputs, lambda parts, path: parts[0])
 
 
 def test_an_object_that_holds_no_tensor_comes_through() -> None:
     found = Holder([1, "a", {"b": None}])
     found.held.append(found)  # a cycle
-    assert gather_structure([found, found], lambda parts, path: parts[0]) is found
+    assert gather([found, found], lambda parts, path: parts[0]) is found
 
 
 def test_a_nested_tensor_is_refused_as_output() -> None:
     nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
     with pytest.raises(TypeError, match="the output to be a tensor with rows, but got a nested one"):
-        gather_structure([nested, nested], lambda parts, path: parts[0])
+        gather([nested, nested], lambda parts, path: parts[0])
 
 
 def test_namespaces_and_dataclasses_with_unset_fields_are_containers() -> None:
@@ -271,5 +275,21 @@ def test_namespaces_and_dataclasses_with_unset_fields_are_containers() -> None:
         b: Tensor = dataclasses.field(init=False)
 
     outputs = [types.SimpleNamespace(x=Out(rows(n))) for n in (1, 2)]
-    joined = gather_structure(outputs, lambda parts, path: torch.cat(parts))
+    joined = gather(outputs, lambda parts, path: torch.cat(parts))
     assert len(joined.x.a) == 3 and not hasattr(joined.x, "b") and len(outputs[0].x.a) == 1
+
+
+def test_an_output_is_made_once_of_what_was_joined() -> None:
+    made = []
+
+    class Pair(list):
+        def __init__(self, items: Any) -> None:
+            super().__init__(items)
+            self.kind = "pair"
+
+        def __setitem__(self, index: Any, value: Any) -> None:
+            made.append(len(value[0]))
+            super().__setitem__(index, value)
+
+    gather([Pair([rows(2), rows(2)]), Pair([rows(1), rows(1)])], lambda parts, path: torch.cat(parts))
+    assert made == [3]

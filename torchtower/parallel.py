@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchtower._extension import build_info
-from torchtower.averaging import normalized_weights
+from torchtower.averaging import Grad, normalized_weights
 from torchtower.batch_norm import silenced, warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.held import HeldGradients
 from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight
 from torchtower.ports import Port
 from torchtower.rounds import current_tower
-from torchtower.scatter_gather import check_rows_fit, gather_structure, map_tensors
+from torchtower.scatter_gather import Column, check_rows_fit, gather_structure, map_tensors
 from torchtower.shards import Shards
 from torchtower.steps import Module, Steps
 from torchtower.thread_state import transforming, untraced
@@ -162,18 +162,14 @@ class TowerParallel(Steps[Module]):
     _forward_untraced = untraced(_forward_on_towers)
 
     def _gather(self, result: ForwardResult) -> Any:
-        columns: list[list[Tensor]] = []
+        def join(columns: list[Column]) -> list[Grad]:
+            for column in columns:
+                check_rows_fit(column, self.dim)
+            ports = [self._output_port(parts) for _, parts in columns]
+            towers: list[list[Grad]] = [[parts[tower] for _, parts in columns] for tower in range(len(result.rows))]
+            return result.connect([1.0] * len(towers), ports, towers)
 
-        def collect(parts: list[Tensor], path: str) -> Tensor:
-            check_rows_fit(parts, self.dim, path)
-            columns.append(parts)
-            return parts[0]
-
-        gather_structure(result.outputs, collect)
-        ports = [self._output_port(column) for column in columns]
-        towers = [list(tower) for tower in zip(*columns, strict=True)] or [[] for _ in result.rows]
-        values = iter(result.connect([1.0] * len(result.rows), ports, towers))
-        return gather_structure(result.outputs, lambda parts, path: next(values))
+        return gather_structure(result.outputs, join)
 
     def _output_port(self, parts: list[Tensor]) -> Port:
         if parts[0].dim() == 0:

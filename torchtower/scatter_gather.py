@@ -10,11 +10,11 @@ import copy
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set, ValuesView
 from io import IOBase
 from itertools import islice
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -178,18 +178,31 @@ def _size(tensor: Tensor, dim: int) -> int:
     return shape[dim] if -len(shape) <= dim < len(shape) else -1
 
 
-def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str], Any], path: str = "the output") -> Any:
+class Column(NamedTuple):
+    """One field's tensors."""
+
+    path: str  # where in the output, for error messages
+    parts: list[Tensor]  # in tower order
+
+
+def gather_structure(outputs: Sequence[Any], join: Callable[[list[Column]], Iterable[Any]]) -> Any:
     """Join the towers' outputs field by field, types kept.
 
     Args:
         outputs: one nested structure a tower that worked.
-        join: makes one value of each field's tensors, given its path for error messages.
-        path: where in the output this is.
+        join: makes one value of each field's tensors, of all fields at once.
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
         TypeError: a nested tensor, or an object that holds tensors and cannot be made from what it yields.
     """
+    columns: list[Column] = []
+    make = _take_apart(outputs, columns, "the output")
+    return make(iter(join(columns)))
+
+
+def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Callable[[Iterator[Any]], Any]:
+    """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them."""
     first = outputs[0]
     if isinstance(first, Tensor):
         if first.is_nested:
@@ -197,27 +210,32 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Tensor], str],
         for tower, other in enumerate(outputs):
             if not isinstance(other, Tensor):
                 raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
-        return join(list(outputs), path)
+        columns.append(Column(path, list(outputs)))
+        return next
     children = [None if isinstance(output, PackedSequence) else _children(output) for output in outputs]
     if children[0] is None:
-        return _join_elements(outputs, join, path) if _holds_tensors(first) else _same_everywhere(outputs, path)
+        if _holds_tensors(first):
+            return _take_apart_elements(outputs, columns, path)
+        _check_same_everywhere(outputs, path)
+        return lambda values: first
     names = _names(first)
     for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
         if type(output) is not type(first) or child is None or not _same_names(_names(output), first, names):
             raise ValueError(_differ(path, _tell(first), tower, _tell(output)))
     if isinstance(first, Mapping):  # in whatever order a tower has filled its own
         children = [[output[name] for name in names] for output in outputs]
-    columns = zip(*[child for child in children if child is not None], strict=True)
-    joined = [gather_structure(column, join, f"{path}[{name!r}]") for name, column in zip(names, columns, strict=True)]
-    return _rebuild(first, joined)
+    fields = zip(*[child for child in children if child is not None], strict=True)
+    makes = [_take_apart(field, columns, f"{path}[{name!r}]") for name, field in zip(names, fields, strict=True)]
+    return lambda values: _rebuild(first, [make(values) for make in makes])
 
 
-def check_rows_fit(parts: Sequence[Tensor], dim: int, path: str) -> None:
+def check_rows_fit(column: Column, dim: int) -> None:
     """See that the towers' tensors can be joined along ``dim``: alike in every other dimension, or all 0-d.
 
     Raises:
         ValueError: they cannot; the message names field and tower.
     """
+    path, parts = column
     first = parts[0]
     if first.dim() and _size(first, dim) < 0:
         raise ValueError(
@@ -247,7 +265,7 @@ def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
     return names == expected or (isinstance(first, Mapping) and set(names) == set(expected))
 
 
-def _join_elements(outputs: Sequence[Any], join: Callable[[list[Tensor], str], Any], path: str) -> Any:
+def _take_apart_elements(outputs: Sequence[Any], columns: list[Column], path: str) -> Callable[[Iterator[Any]], Any]:
     """Join objects that hold tensors by what they yield, and make one of that: nn.DataParallel's rule.
 
     That is how a transformer's cache of keys and values travels.
@@ -265,19 +283,23 @@ def _join_elements(outputs: Sequence[Any], join: Callable[[list[Tensor], str], A
     for tower, other in enumerate(outputs):
         if type(other) is not kind:
             raise ValueError(_differ(path, f"a {kind.__name__}", tower, f"a {type(other).__name__}"))
-    joined = gather_structure([list(iter(output)) for output in outputs], join, path)
-    try:
-        return kind(joined)
-    except Exception as error:
-        raise refusal from error
+    make_elements = _take_apart([list(iter(output)) for output in outputs], columns, path)
+
+    def make(values: Iterator[Any]) -> Any:
+        elements = make_elements(values)
+        try:
+            return kind(elements)
+        except Exception as error:
+            raise refusal from error
+
+    return make
 
 
-def _same_everywhere(outputs: Sequence[Any], path: str) -> Any:
+def _check_same_everywhere(outputs: Sequence[Any], path: str) -> None:
     first = outputs[0]
     for tower, other in enumerate(outputs):
         if other is not first and (type(other) is not type(first) or not _equal(first, other)):
             raise ValueError(_differ(path, repr(first), tower, repr(other)))
-    return first
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.devices import move, parse_output_device
-from torchtower.scatter_gather import Splits, cat_rows, gather_structure, map_tensors, plan_splits, tensors_in
+from torchtower.scatter_gather import Column, Splits, cat_rows, gather_structure, map_tensors, plan_splits, tensors_in
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -54,7 +54,11 @@ class Steps(nn.DataParallel[Module]):
     def gather(self, outputs: Sequence[Any], output_device: Any) -> Any:
         """Join outputs as TowerParallel's forward does; see ``nn.DataParallel.gather``."""
         device = parse_output_device(output_device)
-        return gather_structure(outputs, lambda parts, path: cat_rows([move(part, device) for part in parts], self.dim))
+
+        def join(columns: list[Column]) -> list[Tensor]:
+            return [cat_rows([move(part, device) for part in parts], self.dim) for _, parts in columns]
+
+        return gather_structure(outputs, join)
 
     def _check_steps(self, forward: Any) -> None:
         """Refuse a subclass that overrides a step, but not ``forward``, which would never call it."""
