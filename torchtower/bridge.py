@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.asked import Asked, ticket
 from torchtower.averaging import Grad
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
@@ -44,6 +43,7 @@ from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
 from torchtower.local_backward import Root, leaves_of, local_backward, local_grad, requires_grad, root_of
+from torchtower.node import Asked, connect
 from torchtower.ports import Port, join, without_graph
 from torchtower.rounds import current_tower
 from torchtower.shards import Aliases
@@ -144,9 +144,7 @@ class Bridge:
         ):
             self._out_ports = [ports[index] for index in crossing]
             self._roots = [[root_of(tower[index]) for index in crossing] for tower in outputs]
-            carried = [values[index] for index in crossing]
-            apply: Any = _BridgeNode.apply if torch.is_grad_enabled() else torch.enable_grad()(_BridgeNode.apply)
-            connected = apply(self, carried, ticket, *main_inputs)
+            connected = connect(self.backward, main_inputs, [values[index] for index in crossing])
             for index, value in zip(crossing, connected, strict=True):
                 values[index] = value
         return values
@@ -278,19 +276,6 @@ class Bridge:
     def free(self) -> None:
         """Let go of the local graphs."""
         self._roots = None
-
-
-class _BridgeNode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, bridge: Bridge, values: list[Tensor], ticket: Tensor, *main_inputs: Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.bridge = bridge
-        ctx.main_inputs = main_inputs
-        return tuple(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Grad) -> Any:
-        return (None, None, None, *ctx.bridge.backward(ctx.main_inputs, Asked(ctx), grads))
 
 
 def _at(part: Grad, root: Root | None) -> Grad:

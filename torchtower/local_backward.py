@@ -140,11 +140,6 @@ class _Writable(torch.autograd.Function):
         return grads[0]
 
 
-def is_bridged(tensor: Tensor) -> bool:
-    """Whether a tensor came out of a bridge itself: an output of a wrapper, or what its forward has left behind."""
-    return type(tensor.grad_fn).__name__ == "_BridgeNodeBackward"
-
-
 def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
     """The leaves that a backward from ``outputs`` accumulates into."""
     for node in _walk(outputs, stops=()):

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.devices import move
-from torchtower.local_backward import is_bridged, writable
+from torchtower.local_backward import writable
+from torchtower.node import is_connected
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.parts import container_of, parts_of
 from torchtower.remote import RemoteStorage, copy_together, version_of
@@ -212,7 +213,7 @@ class Replica:
         with torch.inference_mode(False), torch.enable_grad():
             leaf = source.detach()
             # What a forward of ours has left is mostly overwritten by the next: not worth a way to another device.
-            if leaf.device == self._original.device and not is_bridged(source):
+            if leaf.device == self._original.device and not is_connected(source):
                 leaf = move(leaf, self.device)
             twin = writable(leaf.requires_grad_())
         self._to_replica.add(source, twin)

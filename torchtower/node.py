@@ -1,0 +1,97 @@
+"""The node that stands in the user's graph for a bridge, and what the engine asks of its backward.
+
+That is gradients of all its inputs, or of some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from torchtower.averaging import Grad
+
+
+def _make_ticket() -> tuple[Tensor, Any]:
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.empty(0, requires_grad=True, device="cpu")
+        return leaf, get_gradient_edge(leaf).node
+
+
+# A leaf without elements that is the first input of every node. It requires grad, since what towers return may need
+# gradients where no input does; and nobody but us can ask for its gradient by name.
+_ticket, _ticket_node = _make_ticket()
+
+
+def connect(
+    backward: Callable[[Sequence[Tensor], Asked, Sequence[Grad]], list[Grad]],
+    inputs: Sequence[Tensor],
+    values: Sequence[Grad],
+) -> tuple[Tensor, ...]:
+    """Give values without graphs a place in the user's graph, behind ``inputs``, in whatever grad mode.
+
+    Args:
+        backward: makes of the inputs, what is asked and the values' gradients the inputs' gradients.
+        inputs: of the node.
+        values: which become its outputs.
+    """
+    apply: Any = _BridgeNode.apply if torch.is_grad_enabled() else torch.enable_grad()(_BridgeNode.apply)
+    connected: tuple[Tensor, ...] = apply(backward, values, _ticket, *inputs)
+    return connected
+
+
+def is_connected(tensor: Tensor) -> bool:
+    """Whether a tensor came out of such a node: an output of a wrapper, or what its forward has left behind."""
+    return type(tensor.grad_fn).__name__ == "_BridgeNodeBackward"
+
+
+class _BridgeNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backward: Any, values: Sequence[Grad], ticket: Tensor, *inputs: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.to_inputs = backward
+        ctx.inputs = inputs
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Grad) -> Any:
+        return (None, None, None, *ctx.to_inputs(ctx.inputs, Asked(ctx), grads))
+
+
+class Asked:
+    """Of which of a node's inputs the running backward wants gradients.
+
+    A plain ``backward()`` wants them all. ``torch.autograd.grad`` and ``backward(inputs=...)`` want some, and as in the
+    plain module no other branch of the graph is worth a computation, nor may fail.
+
+    Args:
+        node: whose first input is the ticket.
+    """
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self.all = _is_executed(_ticket_node) is True
+
+    def flags(self) -> list[bool]:
+        """Which inputs' gradients are wanted, whatever for."""
+        return [_is_executed(node) is not False for node in self._inputs()]
+
+    def accumulated(self, count: int) -> list[bool]:
+        """Which of the first ``count`` inputs, all leaves, are about to be accumulated into."""
+        return [_is_executed(node) is True for node in self._inputs()[:count]]
+
+    def _inputs(self) -> list[Any]:
+        return [node for node, _ in self._node.next_functions[1:]]
+
+
+def _is_executed(node: Any) -> bool | None:
+    """Whether the engine goes to this node; None where it stops there, as ``torch.autograd.grad`` wants that leaf's."""
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return None
