@@ -465,3 +465,19 @@ def test_gradients_with_a_graph_stay_with_the_towers() -> None:
     assert net.gradient is None and net.seen == 1
     gradient.pow(2).sum().backward()
     assert net.gradient is not None and net.gradient.grad_fn is None
+
+
+def test_what_a_failing_backward_has_assigned_is_kept_as_in_the_plain_module() -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("enough")
+
+    plain, wrapped = twins(RemembersGradients(), 2)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        handle = inner.first.register_full_backward_hook(fail)
+        with pytest.raises(ValueError, match="enough"):
+            net(batch(8, requires_grad=True)).sum().backward()
+        assert inner.seen == 1
+        handle.remove()
+        net(batch(8)).sum().backward()
+        assert inner.seen == 2
+    assert_close(wrapped.module.gradient, plain.gradient[:4])

@@ -39,7 +39,6 @@ from torch import Tensor
 from torchtower.averaging import Grad
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
-from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
 from torchtower.local_backward import Root, leaves_of, local_backward, local_grad, requires_grad, root_of
@@ -60,19 +59,17 @@ class Family:
     Args:
         pool: the towers' threads.
         weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
-        freshness: told of every backward, after which trainable parameters may change.
         aliases: what the local graphs may have saved of the batch.
         num_parameters: how many of the first bridge's inputs are the user's parameters; they come first.
         buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
         streams: of the forward, on which its backwards work too.
-        on_backward: called after every backward, as long as the towers are there.
+        on_backward: called after every backward, even a failed one, as long as the towers are there.
         synchronize: whether a backward reduces gradients, or has them kept back.
     """
 
     pool: TowerPool
     weights: list[float]
-    freshness: Freshness
     aliases: Aliases
     num_parameters: int
     buckets: list[list[int]]
@@ -157,11 +154,14 @@ class Bridge:
                 "started in the forward of one; detach what an earlier forward left behind"
             )
         with self._family.pool.lock, self._family.streams.current():
-            return self._backward(main_inputs, asked, grads)
+            try:
+                return self._backward(main_inputs, asked, grads)
+            finally:
+                if (on_backward := self._family.on_backward()) is not None:
+                    on_backward()
 
     def _backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         family = self._family
-        family.freshness.on_backward()
         family.aliases.pass_on_writes()
         parameters = main_inputs[: family.num_parameters]
         accumulated: list[bool] = []
@@ -173,8 +173,6 @@ class Bridge:
             values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)
         else:
             values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
-        if (on_backward := family.on_backward()) is not None:
-            on_backward()
         if family.held and family.synchronize:
             kept = family.held.kept(parameters, accumulated)
             shares = [values[: len(parameters)], *kept]

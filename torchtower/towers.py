@@ -258,13 +258,12 @@ class Towers:
             Family(
                 pool=self.pool,
                 weights=weights,
-                freshness=self._freshness,
                 aliases=shards.aliases(),
                 num_parameters=len(parameters),
                 buckets=self._buckets,
                 held=self._held,
                 streams=Streams(self.pool.devices),
-                on_backward=weakref.WeakMethod(self._keep_what_backward_wrote),
+                on_backward=weakref.WeakMethod(self._on_backward),
                 synchronize=self._held.synchronize,
             ),
             [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
@@ -292,7 +291,8 @@ class Towers:
         leaves: list[list[Grad]] = [[column[tower] for _, column in used] for tower in range(len(local_outputs))]
         return [source for source, _ in used], leaves
 
-    def _keep_what_backward_wrote(self) -> None:
+    def _on_backward(self) -> None:
+        self._freshness.on_backward()
         self._written_to += keep_what_backward_wrote(self._replicas[0])
 
 
