@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower._composed import TAKEN, is_expanded
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.bridge import Bridge, Family
 from torchtower.collect import cut_buckets
@@ -22,6 +21,7 @@ from torchtower.held import HeldGradients
 from torchtower.left_behind import LeftBehind, keep_what_backward_wrote
 from torchtower.local_backward import leaves_of, requires_grad, writable
 from torchtower.original import Original
+from torchtower.pooling import pool_buffers
 from torchtower.ports import Port
 from torchtower.replicate import Replica
 from torchtower.scripted import is_training
@@ -104,7 +104,8 @@ class Towers:
         outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
         shards.pass_on_writes()
         shards.pass_on_contents()
-        self._pool_buffers(shards.splits.rows)
+        if self._buffers == "mean":
+            pool_buffers(self._replicas, shards.splits.rows)
         return ForwardResult(self, shards, outputs, taken)
 
     def _run_jobs(self, jobs: list[Callable[[], Any]]) -> list[Any]:
@@ -206,23 +207,6 @@ class Towers:
         """Let every replica on another device fetch all parameters at its next forward."""
         for replica in self._replicas:
             replica.forget_parameters()
-
-    def _pool_buffers(self, rows: list[int]) -> None:
-        if self._buffers == "main" or len(rows) < 2 or not sum(rows):
-            return
-        shares = [row / sum(rows) for row in rows]
-        replicas = self._replicas[: len(rows)]
-        own = set(map(id, replicas[0].buffers))
-        with torch.no_grad():
-            for column in zip(*[replica.buffers for replica in replicas], strict=True):
-                if (pooled := _pooled(column, shares)) is not None and not is_expanded(column[0]):
-                    # Through .data, as batch normalisation writes: what this forward saved of the buffer for its
-                    # backward stays good.
-                    column[0].data.copy_(pooled)
-            for dicts in zip(*[replica.buffer_dicts() for replica in replicas], strict=True):
-                for name in [name for name, buffer in dicts[0].items() if id(buffer) not in own]:  # assigned
-                    if (pooled := _pooled([each.get(name) for each in dicts], shares)) is not None:
-                        dicts[0][name] = pooled
 
     def bridge(
         self,
@@ -329,26 +313,6 @@ def _overwrite(tensor: Tensor, value: Grad) -> None:
     autograd: Any = torch.autograd
     with torch.enable_grad(), autograd._unsafe_preserve_version_counter(tensor):  # the write has been counted already
         tensor.copy_(value)
-
-
-def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
-    """The mean of the towers' buffers, but for the elements that all agree on; None of what has no mean."""
-    main, *others = column
-    for part in column:
-        if (
-            main is None
-            or part is None
-            or part.layout is not torch.strided
-            or part.is_nested
-            or part.dtype not in TAKEN
-            or part.grad_fn is not None
-            or (part.shape, part.dtype) != (main.shape, main.dtype)
-        ):
-            return None
-    (mean,) = weighted_sum([[part] for part in column], shares, in_place=False)
-    assert main is not None and mean is not None
-    alike = torch.stack([part.to(main.device) == main for part in others if part is not None]).all(0)
-    return torch.where(alike, main, mean)
 
 
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:
