@@ -22,7 +22,7 @@ HEAVY = [
 LAYERS = [
     {"_extension"},
     {"_composed", "ops", "devices"},
-    {"averaging", "replicate", "scatter_gather", "workers"},
+    {"averaging", "replicate", "scatter", "gather", "nested", "workers"},
     {"bridge"},
     {"parallel"},
     {"checkpoint"},
@@ -150,7 +150,7 @@ def test_imports_point_down_only(name: str) -> None:
     for used in imports_of(modules()[name]):
         layer = _layer(used)
         same_room = name.split(".")[0] == used.split(".")[0]
-        siblings = {"_composed", "ops", "devices"}, {"averaging", "replicate", "scatter_gather", "workers"}
+        siblings = {"_composed", "ops", "devices"}, {"averaging", "replicate", "scatter", "gather", "nested", "workers"}
         beside = any({name, used} <= room for room in siblings)
         assert layer is None or own is None or layer < own or same_room or beside, f"{name} imports {used}"
 

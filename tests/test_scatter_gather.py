@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchtower.scatter_gather import even_sizes, gather_structure, map_tensors, plan_splits, tensors_in
+from torchtower.gather import gather_structure
+from torchtower.nested import map_tensors, tensors_in
+from torchtower.scatter import even_sizes, plan_splits
 
 
 def cut(batch: Any, num_towers: int, dim: int = 0) -> list[Any]:

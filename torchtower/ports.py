@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtower.averaging import Grad, weighted_sum
 from torchtower.devices import move
-from torchtower.scatter_gather import cat_rows
+from torchtower.gather import cat_rows
 
 
 class Port(NamedTuple):

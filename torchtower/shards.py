@@ -19,8 +19,9 @@ from torch import Tensor
 
 from torchtower.devices import move
 from torchtower.local_backward import is_untouched, writable
+from torchtower.nested import map_tensors, tensors_in
 from torchtower.ports import Port
-from torchtower.scatter_gather import Splits, map_tensors, plan_splits, tensors_in
+from torchtower.scatter import Splits, plan_splits
 
 
 class Shards:

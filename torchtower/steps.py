@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.devices import move, parse_output_device
-from torchtower.scatter_gather import Column, Splits, cat_rows, gather_structure, map_tensors, plan_splits, tensors_in
+from torchtower.gather import Column, cat_rows, gather_structure
+from torchtower.nested import map_tensors, tensors_in
+from torchtower.scatter import Splits, plan_splits
 
 Module = TypeVar("Module", bound=nn.Module)
 

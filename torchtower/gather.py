@@ -1,181 +1,21 @@
-"""Nested batches in, outputs back: split every tensor by rows over the towers, join what the towers return.
-
-Both walk containers of any depth (tuples, named tuples, lists, dicts and their subclasses, dataclasses,
-SimpleNamespaces) and hand each tensor to a function; what the tensors mean to autograd is the bridge's business.
-"""
+"""The towers' outputs joined field by field."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from io import IOBase
 from itertools import islice
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from torchtower.nested import children_of, names_of, rebuild
 from torchtower.parts import cell_content
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor of a nested structure, in the order in which `map_tensors` meets them."""
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(collect, value)
-    return found
-
-
-def map_tensors(
-    function: Callable[[Tensor], Any], value: Any, of_empty: Callable[[Any], Any] = lambda empty: empty
-) -> Any:
-    """Rebuild a nested structure with ``function`` of each tensor; all else stays the very same object.
-
-    Args:
-        function: of each tensor.
-        value: the structure.
-        of_empty: what takes the place of an empty container.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) is tuple and value:  # most batches are made of these and tensors alone
-        return tuple([map_tensors(function, child, of_empty) for child in value])
-    children = _children(value)
-    if not children:
-        return value if children is None else of_empty(value)
-    return _rebuild(value, [map_tensors(function, child, of_empty) for child in children])
-
-
-def _children(value: Any) -> list[Any] | None:
-    """The values in a container; None for whatever is no container."""
-    if type(value) in (tuple, list):  # of most batches nothing else is asked
-        return list(value)
-    if type(value) is dict:
-        return list(value.values())
-    if isinstance(value, PackedSequence):
-        raise ValueError(
-            "TowerParallel: expected tensors that can be split by rows, but got a PackedSequence; "
-            "pass the padded tensor and its lengths, and pack inside the module"
-        )
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (tuple, list)):
-        return list(value)
-    if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        return [getattr(value, name) for name in _fields(value)]
-    return None
-
-
-def _fields(value: Any) -> list[str]:
-    if isinstance(value, SimpleNamespace):
-        return list(vars(value))
-    # A field may have no value yet (``field(init=False)``); what ``__post_init__`` makes of the rows may be none.
-    fields = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-    others = getattr(value, "__dict__", {}).items()
-    return fields + [name for name, part in others if isinstance(part, Tensor) and name not in fields]
-
-
-def _rebuild(value: Any, children: list[Any]) -> Any:
-    if type(value) is tuple:
-        return tuple(children)
-    if isinstance(value, Mapping):
-        return _rebuild_mapping(value, children)
-    if isinstance(value, tuple):
-        make = getattr(type(value), "_make", type(value))  # a named tuple's
-        return make(children)
-    if isinstance(value, list):
-        if type(value) is list:
-            return children
-        rebuilt = copy.copy(value)
-        rebuilt[:] = children
-        return rebuilt
-    rebuilt = copy.copy(value)
-    for name, child in zip(_fields(value), children, strict=True):
-        object.__setattr__(rebuilt, name, child)  # frozen dataclasses refuse setattr
-    return rebuilt
-
-
-def _rebuild_mapping(value: Mapping[Any, Any], children: list[Any]) -> Any:
-    items = dict(zip(value, children, strict=True))
-    if type(value) is dict:
-        return items
-    if not isinstance(value, MutableMapping):
-        return type(value)(items)  # type: ignore[call-arg]
-    rebuilt: Any = copy.copy(value)  # keeps a default_factory and whatever else a subclass carries
-    attributes = getattr(value, "__dict__", {})
-    if attributes is value:  # its items are its attributes
-        rebuilt.__dict__ = rebuilt
-    for key, child in items.items():
-        if rebuilt[key] is not child:
-            rebuilt[key] = child
-        if isinstance(child, Tensor) and attributes.get(key) is value[key]:  # an attribute, too
-            rebuilt.__dict__[key] = child
-    return rebuilt
-
-
-@dataclasses.dataclass
-class Splits:
-    """How one batch is cut: which rows of its tensors each tower gets.
-
-    ``rows[t]`` is tower ``t``'s number of rows, that of the longest tensor where they differ; towers that got none are
-    left out.
-    """
-
-    dim: int
-    rows: list[int]
-
-    def parts(self, tensor: Tensor) -> list[Tensor] | None:
-        """``tensor`` cut along ``dim`` for each tower; None where every tower gets it whole.
-
-        Cut as evenly as rows allow, the first towers getting one more. A tensor without the dimension, or with one row
-        where others have more, is for everybody, as in PyTorch's broadcasting.
-        """
-        num_towers = len(self.rows)
-        if num_towers == 1 or (size := _size(tensor, self.dim)) < 2:
-            return None
-        return list(tensor.split_with_sizes(even_sizes(size, num_towers), self.dim))
-
-
-@functools.lru_cache
-def even_sizes(rows: int, num_towers: int) -> tuple[int, ...]:
-    """Rows a tower: 9 over 4 are 3, 2, 2, 2 (``chunk`` gives 3, 3, 3 and nothing)."""
-    share, rest = divmod(rows, num_towers)
-    return tuple(share + (tower < rest) for tower in range(num_towers))
-
-
-def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
-    """Decide how many towers work on a batch of these tensors, and on how many rows each.
-
-    A batch without rows to split (none, one, no tensor at all) goes to the main tower as it is.
-
-    Raises:
-        ValueError: a sparse or nested tensor.
-    """
-    for tensor in tensors:
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            raise ValueError(
-                "TowerParallel: expected tensors that can be split by rows, but got a "
-                f"{'nested' if tensor.is_nested else tensor.layout} one; pass a dense one, or make it a buffer"
-            )
-    sizes = [_size(tensor, dim) for tensor in tensors]
-    split = [size for size in sizes if size > 1]
-    if not split:
-        return Splits(dim, [max(sizes, default=1)])
-    return Splits(dim, list(even_sizes(max(split), min(num_towers, *split))))
-
-
-def _size(tensor: Tensor, dim: int) -> int:
-    shape = tensor.shape
-    return shape[dim] if -len(shape) <= dim < len(shape) else -1
+from torchtower.scatter import size_along
 
 
 class Column(NamedTuple):
@@ -212,21 +52,21 @@ def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Cal
                 raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
         columns.append(Column(path, list(outputs)))
         return next
-    children = [None if isinstance(output, PackedSequence) else _children(output) for output in outputs]
+    children = [None if isinstance(output, PackedSequence) else children_of(output) for output in outputs]
     if children[0] is None:
         if _holds_tensors(first):
             return _take_apart_elements(outputs, columns, path)
         _check_same_everywhere(outputs, path)
         return lambda values: first
-    names = _names(first)
+    names = names_of(first)
     for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
-        if type(output) is not type(first) or child is None or not _same_names(_names(output), first, names):
+        if type(output) is not type(first) or child is None or not _same_names(names_of(output), first, names):
             raise ValueError(_differ(path, _tell(first), tower, _tell(output)))
     if isinstance(first, Mapping):  # in whatever order a tower has filled its own
         children = [[output[name] for name in names] for output in outputs]
     fields = zip(*[child for child in children if child is not None], strict=True)
     makes = [_take_apart(field, columns, f"{path}[{name!r}]") for name, field in zip(names, fields, strict=True)]
-    return lambda values: _rebuild(first, [make(values) for make in makes])
+    return lambda values: rebuild(first, [make(values) for make in makes])
 
 
 def check_rows_fit(column: Column, dim: int) -> None:
@@ -237,7 +77,7 @@ def check_rows_fit(column: Column, dim: int) -> None:
     """
     path, parts = column
     first = parts[0]
-    if first.dim() and _size(first, dim) < 0:
+    if first.dim() and size_along(first, dim) < 0:
         raise ValueError(
             f"TowerParallel: expected {path} to have dimension {dim}, along which towers' outputs are joined, "
             f"but its shape is {tuple(first.shape)}"
@@ -251,14 +91,6 @@ def _without(tensor: Tensor, dim: int) -> list[int]:
     sizes = list(tensor.shape)
     del sizes[dim]
     return sizes
-
-
-def _names(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value)
-    if isinstance(value, (tuple, list)):
-        return list(getattr(value, "_fields", range(len(value))))
-    return _fields(value)
 
 
 def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
@@ -354,10 +186,10 @@ def _defined_by(kind: type) -> set[str]:
 
 
 def _tell(value: Any) -> str:
-    children = _children(value)
+    children = children_of(value)
     if children is None or isinstance(value, Tensor):
         return type(value).__name__
-    return f"{type(value).__name__} of {_names(value)}"
+    return f"{type(value).__name__} of {names_of(value)}"
 
 
 def _differ(path: str, expected: str, tower: int, got: str) -> str:
