@@ -173,7 +173,10 @@ def test_arrays_and_what_is_not_a_number_are_compared_by_value() -> None:
     assert gather([array, np.arange(3)], lambda parts, path: None) is array
     with pytest.raises(ValueError, match="tower 1's is"):
         gather([array, np.ones(3)], lambda parts, path: None)
-    gather([float("nan"), float("nan")], lambda parts, path: None)
+    for unknown in (float("nan"), np.float64("nan"), np.array([1.0, np.nan])):
+        gather([unknown, unknown + 0], lambda parts, path: None)
+    with pytest.raises(ValueError, match="tower 1's is"):
+        gather([np.array([1.0, np.nan]), np.array([2.0, np.nan])], lambda parts, path: None)
 
 
 def test_objects_without_equality_are_as_alike_as_one_can_tell() -> None:

@@ -176,9 +176,10 @@ def _equal(first: Any, other: Any) -> bool:
     if getattr(first, "shape", None) != getattr(other, "shape", None):
         return False
     equal = first == other
+    # Not a number is like not a number.
     if hasattr(equal, "all"):  # an array
-        return bool(equal.all())
-    return bool(equal) or bool(first != first and other != other)  # not a number is like not a number
+        return bool((equal | ((first != first) & (other != other))).all())
+    return bool(equal) or bool(first != first and other != other)
 
 
 def _defined_by(kind: type) -> set[str]:
