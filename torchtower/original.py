@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torchtower._extension import same_contents
 from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of
+from torchtower.remote import memory_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
@@ -164,15 +165,13 @@ class Original:
         self._known_facts = []
 
     def _facts(self) -> list[Any]:
-        # set_data keeps the object and moves what it holds: .to(), .half(), p.data = ...
         classes: list[Any] = list(map(type, self.modules))
         scripted = chain.from_iterable(map(facts_of, self._scripted))
         # In place a tensor is made one to be trained or given a graph, and detached.
         graphs = [graph for reference in self._graphs if (graph := reference()) is not None]
         turned = any(b.requires_grad for b in self.buffers) or not all(g.requires_grad for g in graphs)
-        return [turned, *classes, *scripted] + [
-            (p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in self.parameters
-        ]
+        flags = [parameter.requires_grad for parameter in self.parameters]
+        return [turned, *classes, *scripted, *flags, *memory_of(self.parameters)]
 
 
 class _MisplacedModuleError(ValueError, RuntimeError):

@@ -5,7 +5,7 @@ Laid out in flat buckets of one dtype, so that bringing a replica up to date tak
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ _SMALL_BYTES = 2**20
 def version_of(tensor: Tensor) -> int | None:
     """What moves when a tensor is written to; None of an inference tensor, which has no counter."""
     return None if tensor.is_inference() else tensor._version
+
+
+def memory_of(tensors: Iterable[Tensor]) -> list[Any]:
+    """Of each tensor where it lies and how: ``.to()`` and ``p.data = ...`` move what it holds and keep the object."""
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
 class RemoteStorage:
@@ -44,7 +49,7 @@ class RemoteStorage:
         Returns:
             One tensor a parameter, whose storage is a part of a bucket.
         """
-        alike = [(id(p), p.data_ptr(), p.requires_grad, p.shape, p.stride(), p.dtype) for p in parameters]
+        alike = [*map(id, parameters), *[p.requires_grad for p in parameters], *memory_of(parameters)]
         if alike == self._laid_out:
             return self._storages
         # Frozen parameters apart: they are copied once, however often the others are.

@@ -33,7 +33,7 @@ from torchtower.local_backward import writable
 from torchtower.node import is_connected
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.parts import container_of, parts_of
-from torchtower.remote import RemoteStorage, copy_together, version_of
+from torchtower.remote import RemoteStorage, copy_together, memory_of, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
 
@@ -85,7 +85,7 @@ class Replica:
         self._is_main = is_main
         self._remote = None if aliases else RemoteStorage(device)
         self._to_replica = Translation()
-        self._leaf_facts: dict[int, tuple[Any, ...]] = {}
+        self._memory: dict[int, Any] = {}  # of each of the original's parameters, by its id, when leaves were made
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
@@ -145,7 +145,7 @@ class Replica:
 
     def _make_leaves(self, before: Translation) -> list[Tensor]:
         parameters = self._original.parameters
-        facts = {id(p): (p.data_ptr(), p.shape, p.stride(), p.dtype) for p in parameters}
+        memory = dict(zip(map(id, parameters), memory_of(parameters), strict=True))
         storages = list(parameters)
         if self._remote is not None:
             remote = [index for index, p in enumerate(parameters) if p.device == self._original.device]
@@ -154,14 +154,14 @@ class Replica:
         leaves = []
         for parameter, storage in zip(parameters, storages, strict=True):
             leaf = before.get(parameter)
-            moved = self._leaf_facts.get(id(parameter)) != facts[id(parameter)]
+            moved = self._memory.get(id(parameter)) != memory[id(parameter)]
             if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
                 leaf = _leaf_like(parameter, storage)
             if leaf.requires_grad != parameter.requires_grad and not leaf.is_inference():
                 leaf.requires_grad_(parameter.requires_grad)
             self._to_replica.add(parameter, leaf)
             leaves.append(leaf)
-        self._leaf_facts = facts
+        self._memory = memory
         self._storages = storages
         self._addresses = [leaf.data_ptr() for leaf in leaves]
         return leaves
