@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.helpers import (
     EVERY_COUNT,
+    SEVERAL,
     assert_close,
     assert_go_backward_alike,
     assert_same_gradients,
@@ -216,6 +217,19 @@ def test_hessian_vector_products_agree() -> None:
         found.append(torch.autograd.grad(grads, parameters, [torch.ones_like(g) for g in grads]))
     for got, expected in zip(found[1], found[0], strict=True):
         assert_close(got, expected)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_hook_that_changes_the_gradient_of_a_towers_loss_in_place_does_so_once(num_towers: int) -> None:
+    def loss_fn(net: nn.Module, x: Tensor) -> Tensor:
+        loss = net(x).square().mean()
+        loss.register_hook(lambda grad: grad.mul_(3))
+        return loss
+
+    plain, wrapped = twins(mlp(), num_towers)
+    loss_fn(plain, batch(7)).backward()
+    wrapped.tower_loss(loss_fn, batch(7)).backward()
+    assert_same_gradients(wrapped, plain)
 
 
 def test_tower_loss_differentiates_twice() -> None:

@@ -532,6 +532,33 @@ def test_what_hooks_put_beside_a_layer_is_found_by_others_and_kept(make: Callabl
         assert stores[1]["layer"] is wrapped.module[0]
 
 
+@pytest.mark.parametrize("make", [dict, types.SimpleNamespace])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_what_a_forward_gives_a_second_name_stays_one_object(num_towers: int, make: Callable[..., Any]) -> None:
+    class Block(nn.Module):
+        store: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * _entries(self.store)["scale"]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.store = make(scale=torch.tensor(1.0, dtype=torch.float64), layer=self.block)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.block.store = self.store
+            entries = _entries(self.store)
+            entries["scale"] = entries["scale"] + 1
+            return self.block(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for _ in range(3):
+        assert_close(wrapped(batch(5)), plain(batch(5)))
+    assert wrapped.module.block.store is wrapped.module.store
+
+
 def _entries(store: Any) -> dict[str, Any]:
     return store if isinstance(store, dict) else vars(store)
 

@@ -276,6 +276,17 @@ def test_a_call_from_a_towers_own_forward_runs_in_that_tower() -> None:
     assert_trains_alike(nn.Sequential(inner), 2, batch(5))
 
 
+def test_a_tower_may_ask_for_a_refresh() -> None:
+    wrapped = wrap(mlp(), 2)
+
+    def loss_fn(net: nn.Module, x: Tensor) -> Tensor:
+        wrapped.refresh()
+        return net(x).mean()
+
+    wrapped.tower_loss(loss_fn, batch(4)).backward()
+    assert wrapped.module[0].weight.grad is not None
+
+
 def test_a_forward_never_takes_the_gradients_of_another_threads_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def pause(phase: str) -> None:
         if phase == "backward":

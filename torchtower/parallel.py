@@ -341,9 +341,9 @@ class TowerParallel(Steps[Module]):
                     [0., 0., 0.]])
             >>> model.refresh()
         """
-        with self._lock:
-            if self._towers is not None:
-                self._towers.refresh()
+        towers = self._towers  # without the lock: whoever calls may be a tower, whose caller holds it
+        if towers is not None:
+            towers.refresh()
 
     def close(self) -> None:
         """End the towers' threads and drop the replicas; the next call starts anew."""

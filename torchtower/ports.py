@@ -33,7 +33,8 @@ class Port(NamedTuple):
     def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:
         """The part of ``value`` that each tower gets, still on the main side's device."""
         if self.kind == "shared":
-            return [value] * len(weights)
+            # A tower may change what it gets, as a hook of a plain module's loss may.
+            return [value, *[value.clone() for _ in weights[1:]]]
         if self.kind == "solo":  # undoes the weight that the way back applies: nobody asked for one here
             weight = weights[self.tower]
             return [value / weight if weight and t == self.tower else None for t in range(len(weights))]

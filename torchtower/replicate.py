@@ -287,6 +287,8 @@ class Replica:
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             back.add(self._to_replica.get(source), source)
+        for pair in self._to_replica.pairs.values():
+            back.add(pair.twin, pair.source)
         return back
 
 
