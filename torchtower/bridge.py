@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
 from torchtower.local_backward import Root, leaves_of, local_backward, local_grad, requires_grad, root_of
 from torchtower.node import Asked, connect
-from torchtower.ports import Port, join, without_graph
+from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.rounds import current_tower
 from torchtower.shards import Aliases
 from torchtower.streams import Streams
@@ -52,30 +52,40 @@ from torchtower.workers import TowerPool
 _autograd: Any = torch._C._autograd
 
 
+class Plan(NamedTuple):
+    """What all forwards of one wrapper have in common, as long as its parameters stay what they are.
+
+    Args:
+        pool: the towers' threads.
+        ports: of the user's parameters, the first inputs of every bridge.
+        buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
+        held: gradients that ``no_sync`` has kept back.
+        on_backward: called after every backward, even a failed one, as long as the towers are there.
+    """
+
+    pool: TowerPool
+    ports: Ports
+    buckets: list[list[int]]
+    held: HeldGradients
+    on_backward: weakref.WeakMethod[Callable[[], None]]
+
+
 @dataclass
 class Family:
     """What the bridges of one forward have in common.
 
     Args:
-        pool: the towers' threads.
+        plan: of the wrapper.
         weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
         aliases: what the local graphs may have saved of the batch.
-        num_parameters: how many of the first bridge's inputs are the user's parameters; they come first.
-        buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
-        held: gradients that ``no_sync`` has kept back.
         streams: of the forward, on which its backwards work too.
-        on_backward: called after every backward, even a failed one, as long as the towers are there.
         synchronize: whether a backward reduces gradients, or has them kept back.
     """
 
-    pool: TowerPool
+    plan: Plan
     weights: list[float]
     aliases: Aliases
-    num_parameters: int
-    buckets: list[list[int]]
-    held: HeldGradients
     streams: Streams
-    on_backward: weakref.WeakMethod[Callable[[], None]]
     synchronize: bool
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
@@ -107,19 +117,19 @@ class Bridge:
     def __init__(
         self,
         family: Family,
-        in_ports: Sequence[Port],
+        in_ports: Ports,
         local_inputs: list[list[Grad]],
         requires_grad: list[list[bool]],
     ) -> None:
         self._family = family
-        self._in_ports = list(in_ports)
+        self._in_ports = in_ports
         self._inputs = local_inputs
         self._requires_grad = requires_grad
-        self._out_ports: list[Port] = []
+        self._out_ports: Sequence[Port] = ()
         self._roots: list[list[Root | None]] | None = None
         family.bridges.append(weakref.ref(self))
 
-    def connect(self, main_inputs: Sequence[Tensor], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
+    def connect(self, main_inputs: Sequence[Tensor], ports: Ports, outputs: list[list[Grad]]) -> list[Grad]:
         """Join the local outputs and give them their place in the user's graph.
 
         Args:
@@ -139,7 +149,7 @@ class Bridge:
             torch.is_grad_enabled()
             or any(part.grad_fn is not None for tower in outputs for i in crossing if (part := tower[i]) is not None)
         ):
-            self._out_ports = [ports[index] for index in crossing]
+            self._out_ports = [ports.all[index] for index in crossing]
             self._roots = [[root_of(tower[index]) for index in crossing] for tower in outputs]
             connected = connect(self.backward, main_inputs, [values[index] for index in crossing])
             for index, value in zip(crossing, connected, strict=True):
@@ -153,19 +163,21 @@ class Bridge:
                 "TowerParallel: expected the backward of a wrapped module's output outside of its towers, but it was "
                 "started in the forward of one; detach what an earlier forward left behind"
             )
-        with self._family.pool.lock, self._family.streams.current():
+        plan = self._family.plan
+        with plan.pool.lock, self._family.streams.current():
             try:
                 return self._backward(main_inputs, asked, grads)
             finally:
-                if (on_backward := self._family.on_backward()) is not None:
+                if (on_backward := plan.on_backward()) is not None:
                     on_backward()
 
     def _backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         family = self._family
+        held, ports = family.plan.held, family.plan.ports
         family.aliases.pass_on_writes()
-        parameters = main_inputs[: family.num_parameters]
+        parameters = main_inputs[: len(ports.all)]
         accumulated: list[bool] = []
-        if family.held or not family.synchronize:
+        if held or not family.synchronize:
             accumulated = asked.accumulated(len(parameters))
         local_grads = self._local_grads(self._alive(), grads)
         keep = _autograd._get_current_graph_task_keep_graph()
@@ -173,12 +185,10 @@ class Bridge:
             values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)
         else:
             values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
-        if family.held and family.synchronize:
-            kept = family.held.kept(parameters, accumulated)
-            shares = [values[: len(parameters)], *kept]
-            ports = self._in_ports[: len(parameters)]
+        if held and family.synchronize:
+            shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
             values[: len(parameters)] = join(ports, shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
-            family.held.release(parameters, accumulated)
+            held.release(parameters, accumulated)
         if without := [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]:
             spare_hooks(chain(without, leaves_of(without)))
         if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):
@@ -193,7 +203,7 @@ class Bridge:
         accumulated: list[bool],
         asked: Asked,
     ) -> list[Grad]:
-        family = self._family
+        family, plan = self._family, self._family.plan
         keep = keep or family.keeps_graphs
         towers = zip(self._alive(), local_grads, self._inputs, self._wanted(asked), strict=True)
         collection = None
@@ -201,19 +211,19 @@ class Bridge:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
         else:
             senders: list[Sender | None] = [None] * len(local_grads)
-            if family.buckets and family.synchronize:
-                collection = Collection(family.buckets, family.weights, family.pool.devices[0])
+            if plan.buckets and family.synchronize:
+                collection = Collection(plan.buckets, family.weights, plan.pool.devices[0])
                 senders = [Sender(collection, tower, leaves) for tower, leaves in enumerate(self._inputs)]
             jobs = [
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
-        local = family.pool.run(jobs, weights=family.weights)
+        local = plan.pool.run(jobs, weights=family.weights)
         if collection is not None:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
-            return collected + join(self._in_ports[len(parameters) :], rest, family.weights, in_place=True)
+            return collected + join(Ports(self._in_ports.all[len(parameters) :]), rest, family.weights, in_place=True)
         if not family.synchronize:
-            local = family.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
+            local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
         return join(self._in_ports, local, family.weights, in_place=asked.all)
 
@@ -225,14 +235,12 @@ class Bridge:
         return [[flag and wanted for flag, wanted in zip(tower, flags, strict=True)] for tower in self._requires_grad]
 
     def _local_grads(self, roots: list[list[Root | None]], grads: Sequence[Grad]) -> list[list[Grad]]:
-        columns: list[list[Grad]] = []
+        towers: list[list[Grad]] = [[] for _ in roots]
         for index, (port, grad) in enumerate(zip(self._out_ports, grads, strict=True)):
-            if grad is None:
-                columns.append([None] * len(roots))
-                continue
-            parts = port.to_towers(grad, self._family.weights)
-            columns.append([_at(part, tower[index]) for part, tower in zip(parts, roots, strict=True)])
-        return [list(tower) for tower in zip(*columns, strict=True)]
+            parts = [None] * len(roots) if grad is None else port.to_towers(grad, self._family.weights)
+            for own, part, tower in zip(towers, parts, roots, strict=True):
+                own.append(_at(part, tower[index]))
+        return towers
 
     def _differentiable_backward(
         self,
@@ -256,11 +264,11 @@ class Bridge:
         ]
         second = Bridge(
             self._family,
-            [*self._in_ports, *[self._out_ports[i] for i in given]],
+            Ports([*self._in_ports.all, *[self._out_ports[i] for i in given]]),
             [[*a, *b] for a, b in zip(self._inputs, cotangents, strict=True)],
             [[*a, *requires_grad(b)] for a, b in zip(self._requires_grad, cotangents, strict=True)],
         )
-        local = self._family.pool.run(jobs, weights=self._family.weights)
+        local = self._family.plan.pool.run(jobs, weights=self._family.weights)
         return second.connect([*main_inputs, *main_grads], self._in_ports, local)
 
     def _alive(self) -> list[list[Root | None]]:

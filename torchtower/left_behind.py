@@ -35,7 +35,7 @@ class LeftBehind:
         self._main = replicas[0]
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
-        self._known = _sources(self._main)
+        self._known = _sources(self._main) if self._written else []
         known = {id(twin) for twin, _ in self._known}
         self._tensors = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
         self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
@@ -57,6 +57,8 @@ class LeftBehind:
         Returns:
             The modules that were written to.
         """
+        if not self._written and not self._kept:  # nearly always
+            return []
         connected: list[tuple[Tensor, Any]] = [
             (local, main) for (_, local), main in zip(self._tensors, values, strict=True)
         ]
@@ -75,9 +77,12 @@ def keep_what_backward_wrote(main: Replica) -> list[nn.Module]:
     Returns:
         The modules that were written to.
     """
+    written = main.take_written()
+    if not written:  # nearly always
+        return []
     pairs = _sources(main)
     known = {id(twin) for twin, _ in pairs}
-    written = [item for item in main.take_written() if known.issuperset(map(id, _with_graph([item])))]
+    written = [item for item in written if known.issuperset(map(id, _with_graph([item])))]
     return _write_to_original(main, written, pairs)
 
 

@@ -43,8 +43,21 @@ class Port(NamedTuple):
         return list(value.split_with_sizes(list(self.sizes), self.dim))
 
 
+class Ports:
+    """Ports side by side, sorted once by what `join` does with them.
+
+    Args:
+        ports: one a value.
+    """
+
+    def __init__(self, ports: Sequence[Port]) -> None:
+        self.all = ports
+        self.shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
+        self.others = [(index, port) for index, port in enumerate(ports) if port.kind != "shared"]
+
+
 def join(
-    ports: Sequence[Port],
+    ports: Ports,
     local_values: list[list[Grad]],
     weights: list[float],
     *,
@@ -53,23 +66,21 @@ def join(
     """Bring the towers' values to the main side; None where no tower has one.
 
     Args:
-        ports: one a value.
+        ports: of the values.
         local_values: tower-major, without graphs: these are the bridge's to lead back.
         weights: of the towers.
         in_place: the towers' values are nobody else's and may be written to.
     """
-    results: list[Grad] = [None] * len(ports)
-    shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
-    if shared:  # a call for nothing costs as much as joining a small output
-        all_are = len(shared) == len(ports)
-        summands = local_values if all_are else [[tower[index] for index in shared] for tower in local_values]
-        sums = weighted_sum(summands, weights, in_place=in_place)
-        for index, total in zip(shared, sums, strict=True):
-            results[index] = None if total is None else move(total, ports[index].device)
-    for index, port in enumerate(ports):
+    results: list[Grad] = [None] * len(ports.all)
+    if ports.shared:  # a call for nothing costs as much as joining a small output
+        shared = [[tower[index] for index in ports.shared] for tower in local_values] if ports.others else local_values
+        sums = weighted_sum(shared, weights, in_place=in_place)
+        for index, total in zip(ports.shared, sums, strict=True):
+            results[index] = None if total is None else move(total, ports.all[index].device)
+    for index, port in ports.others:
         if port.kind == "rows":
             results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
-        elif port.kind == "solo":
+        else:
             results[index] = local_values[port.tower][index]
     return results
 

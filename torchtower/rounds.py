@@ -81,16 +81,20 @@ class Round:
     towers report by adding to what only grows, and each look at it decides anew what is left to do.
 
     Args:
-        starts: for each tower that takes part, in tower order, what makes its thread call `work`.
+        inboxes: of the towers that take part, in tower order; a tower's thread calls `work` of what it finds there.
+        job: done in each tower's thread, with that tower's index.
         weights: of a backward's towers; None in a forward.
     """
 
-    def __init__(self, starts: Sequence[Callable[[Round], None]], weights: Sequence[float] | None) -> None:
+    def __init__(
+        self, inboxes: Sequence[SimpleQueue[Any]], job: Callable[[int], Any], weights: Sequence[float] | None
+    ) -> None:
         self.weights = weights
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
         self.has_met = False  # whether the towers have exchanged anything
-        self._starts = starts
+        self._inboxes = inboxes
+        self._job = job
         self._num_started = 0
         self._begun: set[int] = set()
         self._finished: list[int] = []
@@ -106,8 +110,8 @@ class Round:
         """
         while True:
             try:
-                while len(self._finished) < len(self._starts):
-                    if self._arrivals or self._num_started < len(self._starts):
+                while len(self._finished) < len(self._inboxes):
+                    if self._arrivals or self._num_started < len(self._inboxes):
                         self._advance(max_concurrency)
                     self._reports.get()
                 return self._interrupt
@@ -126,8 +130,8 @@ class Round:
                 arrival.gate.put(arrival.answer)
                 arrival.went_on = True
                 working += 1
-        while working < max_concurrency and self._num_started < len(self._starts):
-            self._starts[self._num_started](self)
+        while working < max_concurrency and self._num_started < len(self._inboxes):
+            self._inboxes[self._num_started].put(self)
             self._num_started += 1
             working += 1
 
@@ -142,7 +146,7 @@ class Round:
         answer: Any = None
         if self._interrupt is not None:
             answer = DesertedError("exchange: interrupted")
-        elif len(unanswered) == len(self._starts) - num_finished:
+        elif len(unanswered) == len(self._inboxes) - num_finished:
             answer = [arrival.value for arrival in unanswered]
             if num_finished:
                 missing = sorted(self._begun - {arrival.tower_index for arrival in waiting})
@@ -166,7 +170,7 @@ class Round:
             raise DesertedError(*answer.args)
         return list(answer)
 
-    def work(self, job: Callable[..., Any], *args: Any) -> None:
+    def work(self) -> None:
         """In a tower's thread: do its job and report."""
         tower_index = _local.tower_index
         if tower_index in self._begun:
@@ -175,14 +179,14 @@ class Round:
         _local.round = self
         try:
             if self._interrupt is None:
-                self.results[tower_index] = job(*args)
+                self.results[tower_index] = self._job(tower_index)
         except BaseException as error:
             self.errors[tower_index] = error
         finally:
             _local.round = None
             self._finished.append(tower_index)
             # Waking the caller for nothing would take the interpreter from the towers that still work.
-            if len(self._finished) == len(self._starts) or self._num_started < len(self._starts) or self._arrivals:
+            if len(self._finished) == len(self._inboxes) or self._num_started < len(self._inboxes) or self._arrivals:
                 self._reports.put(None)
 
     def first_error(self, devices: Sequence[object]) -> BaseException | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.averaging import Grad, weighted_sum
-from torchtower.bridge import Bridge, Family
+from torchtower.bridge import Bridge, Family, Plan
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
@@ -22,7 +22,7 @@ from torchtower.left_behind import LeftBehind, keep_what_backward_wrote
 from torchtower.local_backward import leaves_of, requires_grad, writable
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
-from torchtower.ports import Port
+from torchtower.ports import Port, Ports
 from torchtower.replicate import Replica
 from torchtower.scripted import is_training
 from torchtower.shards import Shards
@@ -62,10 +62,10 @@ class Towers:
             Replica(self._original, device, is_main=index == 0, aliases=device == devices[0])
             for index, device in enumerate(devices)
         ]
+        self._held = held
         self._plan_parameters()
         self._is_following = False
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
-        self._held = held
         # T towers that meet a compiled module at once would compile it T times.
         self._in_turn = _is_compiled(self._original.modules)
 
@@ -199,9 +199,14 @@ class Towers:
     def _plan_parameters(self) -> None:
         """How parameters cross the bridge, and how their gradients travel."""
         parameters = self._original.parameters
-        self._ports = [Port("shared", parameter.device) for parameter in parameters]
         on_one_device = all(device == self.pool.devices[0] for device in self.pool.devices)
-        self._buckets = [] if on_one_device else cut_buckets(parameters)
+        self._plan = Plan(
+            pool=self.pool,
+            ports=Ports([Port("shared", parameter.device) for parameter in parameters]),
+            buckets=[] if on_one_device else cut_buckets(parameters),
+            held=self._held,
+            on_backward=weakref.WeakMethod(self._on_backward),
+        )
 
     def refresh(self) -> None:
         """Let every replica on another device fetch all parameters at its next forward."""
@@ -220,11 +225,7 @@ class Towers:
         left_behind = LeftBehind(self._original, self._replicas, leaves)
         # Rows that are weighted on the way back would be the user's only in part.
         overwritten = shards.overwritten() if set(weights) == {1.0} else []
-        ports = [
-            *out_ports,
-            *left_behind.ports(),
-            *[shards.ports[index] for index, _ in overwritten],
-        ]
+        ports = [*out_ports, *left_behind.ports(), *[shards.ports[index] for index, _ in overwritten]]
         local_outputs: list[list[Grad]] = [
             [*own, *left_behind.outputs_of(tower), *[parts[tower] for _, parts in overwritten]]
             for tower, own in enumerate(outputs)
@@ -238,23 +239,12 @@ class Towers:
             [*replica.leaves, *links, *own]
             for replica, links, own in zip(self._replicas, link_leaves, leaves, strict=False)
         ]
-        bridge = Bridge(
-            Family(
-                pool=self.pool,
-                weights=weights,
-                aliases=shards.aliases(),
-                num_parameters=len(parameters),
-                buckets=self._buckets,
-                held=self._held,
-                streams=Streams(self.pool.devices),
-                on_backward=weakref.WeakMethod(self._on_backward),
-                synchronize=self._held.synchronize,
-            ),
-            [*self._ports, *[Port("shared", tensor.device) for tensor in linked], *shards.ports],
-            local_inputs,
-            list(map(requires_grad, local_inputs)),
-        )
-        values = bridge.connect([*parameters, *linked, *main_inputs], ports, local_outputs)
+        family = Family(self._plan, weights, shards.aliases(), Streams(self.pool.devices), self._held.synchronize)
+        in_ports = self._plan.ports
+        if linked or main_inputs:
+            in_ports = Ports([*in_ports.all, *[Port("shared", tensor.device) for tensor in linked], *shards.ports])
+        bridge = Bridge(family, in_ports, local_inputs, list(map(requires_grad, local_inputs)))
+        values = bridge.connect([*parameters, *linked, *main_inputs], Ports(ports), local_outputs)
         begin, end = len(out_ports), len(ports) - len(overwritten)
         for (index, _), value in zip(overwritten, values[end:], strict=True):
             _overwrite(shards.main_inputs[index], value)

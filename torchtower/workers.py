@@ -86,14 +86,18 @@ class TowerPool:
             raise RuntimeError("TowerParallel: expected to be used before the interpreter shuts down")
         state = ThreadState(self.devices)
         seeds = Seeds(self.devices[0])
+
+        def do(tower: int) -> Any:
+            work = functools.partial(state.run, self.devices[tower], jobs[tower])
+            return draw_from(TowerGenerators(tower, seeds), work)
+
         self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
         try:
-            threads = self._started()
-            starts = [functools.partial(threads[t].do, job, state, seeds) for t, job in enumerate(jobs)]
+            inboxes = [thread.inbox for thread in self._started()[: len(jobs)]]
             if self._last_round_s > _LONG_ROUND_S:
                 _send_team_home()
             began_s = time.perf_counter()
-            round_ = Round(starts, weights)
+            round_ = Round(inboxes, do, weights)
             run = functools.partial(round_.run, 1 if in_turn else self.max_concurrency)
             interrupt = without_parametrization_cache(run)
         finally:
@@ -147,23 +151,16 @@ class _TowerThread:
     """A tower's thread; a daemon, so that it never keeps an interpreter alive."""
 
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
-        self._tower_index = tower_index
-        self._device = device
-        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self.inbox: SimpleQueue[Round | None] = SimpleQueue()
         ready = threading.Event()
         self._thread = threading.Thread(
             target=_work,
-            args=(self._inbox, tower_index, device, intra_op_threads, ready),
+            args=(self.inbox, tower_index, device, intra_op_threads, ready),
             name=f"torchtower tower {tower_index}",
             daemon=True,
         )
         self._thread.start()
         ready.wait()
-
-    def do(self, job: Job, state: ThreadState, seeds: Seeds, round_: Round) -> None:
-        """Let the thread do ``job`` as this round's tower, under the caller's state."""
-        run = functools.partial(state.run, self._device, job)
-        self._inbox.put(functools.partial(round_.work, draw_from, TowerGenerators(self._tower_index, seeds), run))
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
@@ -171,13 +168,13 @@ class _TowerThread:
 
     def stop(self) -> None:
         """End the thread once its work is done."""
-        self._inbox.put(None)
+        self.inbox.put(None)
         if not self.is_current():  # the collector may run anywhere
             self._thread.join(timeout=_STOP_TIMEOUT_S)
 
 
 def _work(
-    inbox: SimpleQueue[Job | None],
+    inbox: SimpleQueue[Round | None],
     tower_index: int,
     device: torch.device,
     intra_op_threads: int,
@@ -192,9 +189,9 @@ def _work(
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     ready.set()
-    while (work := inbox.get()) is not None:
-        work()
-        del work
+    while (round_ := inbox.get()) is not None:
+        round_.work()
+        del round_
 
 
 def _openmp_pause() -> Callable[[int], int] | None:
