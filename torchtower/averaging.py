@@ -191,9 +191,7 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
 def _are_plain(grads: Sequence[Any]) -> bool:
     """Whether all gradients are there and dense: the usual case, told at the cost of a look at each."""
     return (
-        _PLAIN.issuperset(map(type, grads))
-        and {grad.layout for grad in grads} <= _STRIDED
-        and not _have_zeros(grads)
+        _PLAIN.issuperset(map(type, grads)) and {grad.layout for grad in grads} <= _STRIDED and not _have_zeros(grads)
     )
 
 

@@ -17,8 +17,9 @@ from torchtower.local_backward import is_untouched, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.parts import container_of, tensors_within
+from torchtower.places import Written, write_back
 from torchtower.ports import Port
-from torchtower.replicate import Replica, Written, write_back
+from torchtower.replicate import Replica
 
 
 class LeftBehind:

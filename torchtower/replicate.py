@@ -16,13 +16,9 @@ what it does not need, an earlier backward may have freed it.
 
 from __future__ import annotations
 
-import functools
-import types
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
+from collections.abc import Iterable
 from itertools import chain
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -32,33 +28,10 @@ from torchtower.devices import move
 from torchtower.local_backward import writable
 from torchtower.node import is_connected
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
-from torchtower.parts import container_of, parts_of
+from torchtower.places import Place, Written, places_of
 from torchtower.remote import RemoteStorage, copy_together, memory_of, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
-
-# Where a forward may put something new, beside attributes and the containers that they hold.
-_WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
-_CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
-_DELETED = object()
-
-
-class Place(NamedTuple):
-    """A container that a forward may write to."""
-
-    kind: str  # "attributes", "structure" (of the above), "container", or "outside" (what functions lead to)
-    target: Any  # the original's
-    twin: Any  # the replica's
-    known: Any  # what the replica's held when `Replica.take_written` last looked, or when it was installed
-
-
-class Written(NamedTuple):
-    """Something that the main tower's forward or backward left behind in its replica."""
-
-    module: nn.Module  # the original's
-    place: Place
-    name: Any  # the attribute or key; None where the whole contents of a list or set is the value
-    value: Any
 
 
 class Link(NamedTuple):
@@ -205,7 +178,7 @@ class Replica:
                 object.__setattr__(twin, "__class__", type(module))
         for source in sources:  # which must not live longer than the module holds it
             self._to_replica.remove(source)
-        self._places[id(module)] = list(_places(module, twin))
+        self._places[id(module)] = list(places_of(module, twin))
         self._met[id(module)] = self._to_replica.met
 
     def _link(self, source: Tensor) -> Link:
@@ -227,7 +200,7 @@ class Replica:
 
     def _watch_own(self) -> None:
         groups = [self._places[id(module)] for module in self._original.modules]
-        self._own = Watch(chain.from_iterable(map(_watched, places)) for places in groups)
+        self._own = Watch(chain.from_iterable(map(Place.watched, places)) for places in groups)
 
     def follow(self, changed: Iterable[nn.Module]) -> None:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
@@ -276,9 +249,7 @@ class Replica:
         for index in self._own.changed():
             module = self._original.modules[index]
             for place in self._places[id(module)]:
-                if changes := _differences(place.known, place.twin):
-                    found += [Written(module, place, *change) for change in changes]
-                    _set_contents(place.known, place.twin)
+                found += [Written(module, place, *change) for change in place.take_changes()]
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
     def to_original(self) -> Translation:
@@ -290,75 +261,6 @@ class Replica:
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
         return back
-
-
-def write_back(written: Sequence[Written], translate: Translation) -> None:
-    """Do to the original what the main tower did to its replica."""
-    for _, place, name, value in written:
-        target = place.target
-        if value is _DELETED:
-            target.pop(name, None)
-        elif name is None:
-            _set_contents(target, translate(value))
-        else:
-            target[name] = translate(value)
-
-
-def _set_contents(container: Any, contents: Any) -> None:
-    container.clear()
-    (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
-
-
-def _places(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
-    if is_scripted(twin):
-        return
-    yield _place("attributes", module.__dict__, twin.__dict__)
-    for name in _WRITTEN_DICTS:
-        yield _place("structure", module.__dict__[name], twin.__dict__[name])
-    seen: set[int] = set()
-    attributes = [name for name in module.__dict__ if name not in MODULE_DICTS]
-    pending = [("container", module.__dict__[name], twin.__dict__[name]) for name in attributes]
-    for name, hooks in dicts_of(module).items():
-        pending += [("outside", *pair) for pair in zip(hooks.values(), twin.__dict__[name].values(), strict=True)]
-    while pending:
-        kind, value, copied = pending.pop()
-        if kind == "outside" and value is copied:  # one for all towers
-            continue
-        if (target := container_of(value)) is not None:
-            if id(target) not in seen:
-                seen.add(id(target))
-                place = _place(kind, target, container_of(copied))
-                yield place
-                pending += [(kind, *pair) for pair in zip(_values(target), _values(place.twin), strict=True)]
-        elif isinstance(value, tuple):
-            pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
-        elif value is not copied and isinstance(value, _CALLABLES) and id(value) not in seen:
-            seen.add(id(value))
-            parts = zip(parts_of(value) or (), parts_of(copied) or (), strict=True)
-            pending += [("outside", *pair) for pair in parts]
-
-
-def _watched(place: Place) -> list[Any]:
-    # What functions lead to is watched by nobody else.
-    return [place.twin, place.target] if place.kind == "outside" else [place.twin]
-
-
-def _place(kind: str, target: Any, twin: Any) -> Place:
-    return Place(kind, target, twin, copy(twin))
-
-
-def _values(container: Any) -> list[Any]:
-    if isinstance(container, set):  # in no order; holds no containers
-        return []
-    return list(container.values() if isinstance(container, dict) else container)
-
-
-def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
-    if not isinstance(now, dict):
-        same = len(before) == len(now) and all(map(is_, before, now))
-        return [] if same else [(None, list(now))]
-    changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
-    return changed + [(name, _DELETED) for name in before.keys() - now.keys()]
 
 
 def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""Where a tower's forward may leave something in its replica, and what it has left there.
+
+A place is a container of the replica, beside the one of the user's module that it stands for: attributes, the dicts of
+parameters, buffers and submodules, small containers within attributes, and those that functions lead to.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator, Sequence
+from copy import copy
+from operator import is_
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from torchtower.original import MODULE_DICTS, dicts_of
+from torchtower.parts import container_of, parts_of
+from torchtower.rewrite import Translation
+from torchtower.scripted import is_scripted
+
+# Where a forward may put something new, beside attributes and the containers that they hold.
+_WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
+_CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
+_DELETED = object()
+
+
+class Place(NamedTuple):
+    """A container that a forward may write to."""
+
+    kind: str  # "attributes", "structure" (of the above), "container", or "outside" (what functions lead to)
+    target: Any  # the original's
+    twin: Any  # the replica's
+    known: Any  # what the replica's held when it was last looked at, or when it was installed
+
+    def watched(self) -> list[Any]:
+        """The containers in which a change must be seen; what functions lead to is watched by nobody else."""
+        return [self.twin, self.target] if self.kind == "outside" else [self.twin]
+
+    def take_changes(self) -> list[tuple[Any, Any]]:
+        """Names and values, as of `Written`, that the replica's has held anew since this was last asked."""
+        changes = _differences(self.known, self.twin)
+        if changes:
+            _set_contents(self.known, self.twin)
+        return changes
+
+
+class Written(NamedTuple):
+    """Something that the main tower's forward or backward left behind in its replica."""
+
+    module: nn.Module  # the original's
+    place: Place
+    name: Any  # the attribute or key; None where the whole contents of a list or set is the value
+    value: Any
+
+
+def write_back(written: Sequence[Written], translate: Translation) -> None:
+    """Do to the original what the main tower did to its replica."""
+    for _, place, name, value in written:
+        target = place.target
+        if value is _DELETED:
+            target.pop(name, None)
+        elif name is None:
+            _set_contents(target, translate(value))
+        else:
+            target[name] = translate(value)
+
+
+def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
+    """Where the forward of ``twin``, the replica of ``module``, may leave something."""
+    if is_scripted(twin):
+        return
+    yield _place("attributes", module.__dict__, twin.__dict__)
+    for name in _WRITTEN_DICTS:
+        yield _place("structure", module.__dict__[name], twin.__dict__[name])
+    seen: set[int] = set()
+    attributes = [name for name in module.__dict__ if name not in MODULE_DICTS]
+    pending = [("container", module.__dict__[name], twin.__dict__[name]) for name in attributes]
+    for name, hooks in dicts_of(module).items():
+        pending += [("outside", *pair) for pair in zip(hooks.values(), twin.__dict__[name].values(), strict=True)]
+    while pending:
+        kind, value, copied = pending.pop()
+        if kind == "outside" and value is copied:  # one for all towers
+            continue
+        if (target := container_of(value)) is not None:
+            if id(target) not in seen:
+                seen.add(id(target))
+                place = _place(kind, target, container_of(copied))
+                yield place
+                pending += [(kind, *pair) for pair in zip(_values(target), _values(place.twin), strict=True)]
+        elif isinstance(value, tuple):
+            pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
+        elif value is not copied and isinstance(value, _CALLABLES) and id(value) not in seen:
+            seen.add(id(value))
+            parts = zip(parts_of(value) or (), parts_of(copied) or (), strict=True)
+            pending += [("outside", *pair) for pair in parts]
+
+
+def _place(kind: str, target: Any, twin: Any) -> Place:
+    return Place(kind, target, twin, copy(twin))
+
+
+def _values(container: Any) -> list[Any]:
+    if isinstance(container, set):  # in no order; holds no containers
+        return []
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _set_contents(container: Any, contents: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
+
+
+def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(now, dict):
+        same = len(before) == len(now) and all(map(is_, before, now))
+        return [] if same else [(None, list(now))]
+    changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
+    return changed + [(name, _DELETED) for name in before.keys() - now.keys()]
