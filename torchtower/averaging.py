@@ -1,7 +1,7 @@
 """From every tower's gradients to one list: the multi-tower program's ``average_gradients``.
 
-What the native op cannot know stands here: (gradient, variable) pairs, gradients that are missing, sparse or on
-another device, and weights as users give them. The dense arithmetic is `torchtower.ops.tower_mean_` alone.
+What users give stands here, and is refused where it is not what was meant: (gradient, variable) pairs and weights. The
+sums themselves are `torchtower.reduction`'s.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower import _composed, ops
+from torchtower import _composed
+from torchtower.reduction import Grad, dense, weighted_sum
 
-Grad = Tensor | None
-_PLAIN = {Tensor, nn.Parameter}
-_STRIDED = {torch.strided}
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _WITHOUT_SHAPE = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
@@ -143,118 +140,13 @@ def _number(weight: Any, tower: int, function: str) -> float:
         return math.inf
 
 
-def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
-    """Sum ``weights[t] * towers[t][p]`` over towers, for every parameter ``p``.
-
-    The road of both `average_gradients` and the autograd bridge.
-
-    Args:
-        towers: tower-major, gradients in the same order in every tower: dense, sparse or None; of any device.
-        weights: raw, as `torchtower.ops.tower_mean_` takes them.
-        in_place: write into the first dense gradient of each parameter, whose memory is hot and already mapped;
-            it must be nobody else's.
-
-    Returns:
-        One gradient a parameter on the first tower's device; None where every tower has None.
-    """
-    grads = list(chain.from_iterable(towers))
-    if _are_plain(grads) and 0 not in weights and (_is_one(weights) or not _are_followed(grads)):  # nearly always
-        try:
-            return list(_fused_sum(towers[0], grads, weights, in_place))  # type: ignore[arg-type]
-        except ValueError:  # on several devices perhaps, which the op refuses before it writes
-            pass
-    results: list[Grad] = []
-    # One call of the op for each set of towers that have a gradient: nearly always a single call.
-    groups: dict[tuple[int, ...], list[tuple[int, torch.dtype, list[Tensor]]]] = {}
-    main = next((grad.device for grad in grads if grad is not None), None)
-    for index, away in enumerate(zip(*towers, strict=True)):
-        column = [grad if grad is None or grad.device == main else grad.to(main) for grad in away]
-        present = tuple(t for t, grad in enumerate(column) if grad is not None and weights[t] != 0)
-        chosen = [grad for t in present if (grad := column[t]) is not None]
-        if _have_zeros(chosen):
-            chosen = [grad.clone() for grad in chosen]
-        results.append(None)
-        if chosen and all(grad.is_sparse for grad in chosen):
-            results[index] = _composed.sparse_mean(chosen, [weights[t] for t in present])
-        elif chosen:
-            groups.setdefault(present, []).append((index, chosen[0].dtype, _dense(chosen)))
-        elif any(grad is not None for grad in column):
-            results[index] = torch.zeros_like(next(grad for grad in column if grad is not None))
-    for present, members in groups.items():
-        rows = list(zip(*[column for _, _, column in members], strict=True))
-        sums = _sum_dense(rows, [weights[t] for t in present], in_place)
-        for (index, dtype, _), total in zip(members, sums, strict=True):
-            results[index] = total.to(dtype)
-    return results
-
-
-def _are_plain(grads: Sequence[Any]) -> bool:
-    """Whether all gradients are there and dense: the usual case, told at the cost of a look at each."""
-    return (
-        _PLAIN.issuperset(map(type, grads)) and {grad.layout for grad in grads} <= _STRIDED and not _have_zeros(grads)
-    )
-
-
-def _have_zeros(grads: Sequence[Tensor]) -> bool:
-    """Whether some are ZeroTensors, which have no memory: a backward of ``torch.sgn`` makes them."""
-    return not torch.compiler.is_compiling() and any(map(Tensor._is_zerotensor, grads))
-
-
-def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
-    grads = list(chain.from_iterable(towers))
-    if not _is_one(weights) and _are_followed(grads):
-        return [_composed.mean(column, weights) for column in zip(*towers, strict=True)]
-    return _fused_sum(towers[0], grads, weights, in_place)
-
-
-def _fused_sum(
-    firsts: Sequence[Tensor], grads: list[Tensor], weights: Sequence[float], in_place: bool
-) -> Sequence[Tensor]:
-    """Sum over towers by the native op; ``grads`` are tower-major, ``firsts`` those of the first tower."""
-    if _is_one(weights):
-        return firsts if in_place else [grad.clone() for grad in firsts]
-    out: Sequence[Tensor]
-    if in_place and all(map(Tensor.is_contiguous, firsts)):  # nearly always
-        out = firsts
-    else:
-        out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
-    ops.tower_mean_(out, grads, weights)
-    return out
-
-
-def _is_one(weights: Sequence[float]) -> bool:
-    """Whether the sum is one tower's gradient as it is."""
-    return len(weights) == 1 and weights[0] == 1
-
-
-def _are_followed(grads: Sequence[Any]) -> bool:
-    """Whether someone follows what becomes of these gradients who cannot follow the native op.
-
-    A graph, forward AD, vmap, jit.trace, or ``torch.autograd.grad(is_grads_batched=True)``, which has made them.
-    """
-    return (
-        (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads))
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or (not torch.compiler.is_compiling() and any(map(_is_batched, grads)))
-    )
-
-
-def _dense(grads: list[Tensor]) -> list[Tensor]:
-    if all(grad.layout is torch.strided for grad in grads):
-        return grads
-    # Repeated rows of a sparse gradient are summed on the way, so all of it is done in the sum's dtype.
-    return [wide.to_dense() if wide.is_sparse else wide for wide in map(_composed.wide, grads)]
-
-
 def _stack(column: Sequence[Grad]) -> Grad:
     like = next((grad for grad in column if grad is not None), None)
     if like is None:
         return None
     rows = [torch.zeros_like(like) if grad is None else grad.to(like.device) for grad in column]
     if not all(row.is_sparse for row in rows):
-        rows = _dense(rows)
+        rows = dense(rows)
     return torch.stack(rows).to(like.dtype)
 
 

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtower.averaging import Grad
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.held import HeldGradients
@@ -44,6 +43,7 @@ from torchtower.hooks import spare_hooks
 from torchtower.local_backward import Root, leaves_of, local_backward, local_grad, requires_grad, root_of
 from torchtower.node import Asked, connect
 from torchtower.ports import Port, Ports, join, without_graph
+from torchtower.reduction import Grad
 from torchtower.rounds import current_tower
 from torchtower.shards import Aliases
 from torchtower.streams import Streams

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.averaging import Grad, weighted_sum
 from torchtower.devices import move
 from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
+from torchtower.reduction import Grad, weighted_sum
 
 
 def cut_buckets(parameters: Sequence[Tensor]) -> list[list[int]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchtower.averaging import Grad
+from torchtower.reduction import Grad
 
 
 class HeldGradients:

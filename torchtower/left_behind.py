@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchtower.averaging import Grad
 from torchtower.local_backward import is_untouched, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.parts import container_of, tensors_within
 from torchtower.places import Written, write_back
 from torchtower.ports import Port
+from torchtower.reduction import Grad
 from torchtower.replicate import Replica
 
 

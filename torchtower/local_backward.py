@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torchtower.averaging import Grad
 from torchtower.collect import Sender
+from torchtower.reduction import Grad
 
 _engine: Any = torch.autograd.Variable._execution_engine
 

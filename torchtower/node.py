@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torchtower.averaging import Grad
+from torchtower.reduction import Grad
 
 
 def _make_ticket() -> tuple[Tensor, Any]:

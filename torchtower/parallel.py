@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower._extension import build_info
-from torchtower.averaging import Grad, normalized_weights
+from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import silenced, warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.gather import Column, check_rows_fit, gather_structure
@@ -22,6 +22,7 @@ from torchtower.held import HeldGradients
 from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight
 from torchtower.nested import map_tensors
 from torchtower.ports import Port
+from torchtower.reduction import Grad
 from torchtower.rounds import current_tower
 from torchtower.shards import Shards
 from torchtower.steps import Module, Steps

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from torchtower._composed import TAKEN, is_expanded
-from torchtower.averaging import Grad, weighted_sum
+from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
 
 

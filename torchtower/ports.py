@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtower.averaging import Grad, weighted_sum
 from torchtower.devices import move
 from torchtower.gather import cat_rows
+from torchtower.reduction import Grad, weighted_sum
 
 
 class Port(NamedTuple):

@@ -17,9 +17,7 @@ tower's state while they run, and it is theirs alone meanwhile.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
@@ -27,81 +25,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchtower.generators import Generator, StandIn, TowerGenerators, default_generator, real_states
+
 Result = TypeVar("Result")
-Generator = Any  # torch.Generator, or what stands for a device's
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _install_lock = threading.Lock()
 _locks: dict[torch.device, threading.Lock] = {}  # of the default generators
-_real_states: dict[str, tuple[Any, Any]] = {}  # a device module's own get_rng_state and set_rng_state
 _local = threading.local()
 _libraries: list[Any] = []
-
-
-class Seeds:
-    """What the towers of one job derive their generators from: the default generators' state at the first draw.
-
-    Args:
-        main_device: whose default generator the main tower draws from, hence the only one of its type that moves.
-    """
-
-    def __init__(self, main_device: torch.device) -> None:
-        self._main_device = main_device
-        self._states: dict[str, int] = {}
-        self._drawn: set[str] = set()
-        self._lock = threading.Lock()
-
-    def seed(self, device: torch.device, tower_index: int) -> int:
-        """The seed of ``tower_index`` for draws on ``device``; on which device of its type makes no difference."""
-        with self._lock:
-            if device.type not in self._states:
-                self._states[device.type] = _hash_of(self._source(device.type))
-        return zlib.crc32(f"{self._states[device.type]} {tower_index}".encode()) | tower_index << 32
-
-    def note_draw(self, device_type: str) -> None:
-        """A tower other than the main one has drawn."""
-        with self._lock:
-            self._drawn.add(device_type)
-
-    def move_on(self) -> None:
-        """Once all towers are done: where others drew and the main one did not, let the next job's seeds differ."""
-        for device_type in self._drawn:
-            source = self._source(device_type)
-            if _hash_of(source) == self._states[device_type]:
-                generator = source if isinstance(source, torch.Generator) else None
-                torch.empty((), device=source.device).random_(generator=generator)
-
-    def _source(self, device_type: str) -> Generator:
-        main = device_type == self._main_device.type
-        return default_generator(self._main_device if main else torch.device(device_type))
-
-
-class TowerGenerators:
-    """One tower's generators, one a device, for the length of one job."""
-
-    def __init__(self, tower_index: int, seeds: Seeds) -> None:
-        self._tower_index = tower_index
-        self._seeds = seeds
-        self._generators: dict[torch.device, Generator] = {}
-        self._fresh: dict[torch.device, int] = {}
-
-    def on(self, device: torch.device) -> Generator:
-        """The generator that this tower's draws on ``device`` come from."""
-        generator = self._generators.get(device)
-        if generator is None:
-            seed = self._seeds.seed(device, self._tower_index)
-            if self._tower_index == 0:
-                generator = default_generator(device)
-            else:
-                generator = torch.Generator(device).manual_seed(seed)
-                self._fresh[device] = _hash_of(generator)
-            self._generators[device] = generator
-        return generator
-
-    def note_draws(self) -> None:
-        """Tell what was drawn; recomputing what a checkpoint dropped is none, as it leaves generators as they were."""
-        for device, fresh in self._fresh.items():
-            if _hash_of(self._generators[device]) != fresh:
-                self._seeds.note_draw(device.type)
 
 
 def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result:
@@ -115,45 +46,6 @@ def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result
         torch._C._dispatch_tls_set_dispatch_key_included(key, False)
         _local.generators = None
         generators.note_draws()
-
-
-def _hash_of(generator: Generator) -> int:
-    return zlib.crc32(generator.get_state().numpy().tobytes())
-
-
-def default_generator(device: torch.device) -> Generator:
-    """The device's own default generator, whichever thread asks."""
-    if device.type == "cpu":
-        return torch.default_generator
-    generators = getattr(torch.get_device_module(device), "default_generators", ())
-    if isinstance(generators, _DefaultGeneratorsOfThread):
-        generators = generators.real
-    return generators[device.index] if device.index < len(generators) else _generator_by_state(device)
-
-
-@functools.cache
-def _generator_by_state(device: torch.device) -> _GeneratorByState:
-    return _GeneratorByState(device)
-
-
-class _GeneratorByState:
-    """A device's default generator where its module does not give it, but its state."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def get_state(self) -> torch.Tensor:
-        get, _ = _real_states[self.device.type]
-        state: torch.Tensor = get(*self._where(get, 0))
-        return state
-
-    def set_state(self, state: torch.Tensor) -> None:
-        _, set_ = _real_states[self.device.type]
-        set_(state, *self._where(set_, 1))
-
-    def _where(self, function: Any, num_before: int) -> tuple[torch.device, ...]:
-        # torch.mps has one device, and asks for none.
-        return (self.device,) if len(inspect.signature(function).parameters) > num_before else ()
 
 
 def _cpu_generator_here() -> torch.Generator:
@@ -175,15 +67,12 @@ class _RandomModule(ModuleType):
     default_generator = property(lambda module: _cpu_generator_here())
 
 
-class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
+class _DefaultGeneratorsOfThread(StandIn):
     """Stands for a device module's ``default_generators``: in a tower's thread, that tower's own."""
 
     def __init__(self, device_type: str, real: Sequence[torch.Generator]) -> None:
+        super().__init__(real)
         self._device_type = device_type
-        self.real = real
-
-    def __len__(self) -> int:
-        return len(self.real)
 
     def __getitem__(self, index: Any) -> Any:
         generators = getattr(_local, "generators", None)
@@ -239,7 +128,7 @@ def _stand_in_for_device_module() -> None:
     generators = getattr(module, "default_generators", None)
     if generators and not isinstance(generators, _DefaultGeneratorsOfThread):
         module.default_generators = _DefaultGeneratorsOfThread(accelerator.type, generators)
-    if accelerator.type not in _real_states and hasattr(module, "get_rng_state"):
+    if accelerator.type not in real_states and hasattr(module, "get_rng_state"):
         _stand_in_for_states(module, accelerator.type)
 
 
@@ -258,7 +147,7 @@ def _stand_in_for_states(module: Any, device_type: str) -> None:
             else:
                 own.set_state(new_state)
 
-    _real_states[device_type] = (real_get, real_set)
+    real_states[device_type] = (real_get, real_set)
     module.get_rng_state = functools.update_wrapper(get_rng_state, real_get)
     module.set_rng_state = functools.update_wrapper(set_rng_state, real_set)
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.averaging import Grad, weighted_sum
 from torchtower.bridge import Bridge, Family, Plan
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
@@ -23,6 +22,7 @@ from torchtower.local_backward import leaves_of, requires_grad, writable
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
+from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
 from torchtower.scripted import is_training
 from torchtower.shards import Shards

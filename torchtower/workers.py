@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from torchtower.forward_mode import take_turns_in_forward_mode
+from torchtower.generators import Seeds, TowerGenerators
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState, without_parametrization_cache
-from torchtower.tower_random import Seeds, TowerGenerators, draw_from, intercept_draws
+from torchtower.tower_random import draw_from, intercept_draws
 
 Job = Callable[[], Any]
 _STOP_TIMEOUT_S = 5.0
