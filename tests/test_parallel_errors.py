@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tests.helpers import SEVERAL, assert_go_backward_alike, assert_same_gradients, batch, mlp, twins, wrap
 from tests.modules import calling
@@ -175,6 +177,27 @@ def test_one_tower_raises_the_modules_own_error() -> None:
     with pytest.raises(ValueError, match="told to fail") as caught:
         wrap(Failing("forward", error, towers=(None,)).double(), 1)(batch(3))
     assert caught.value is error
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
+def test_a_towers_error_tells_how_the_batch_was_split() -> None:
+    class Weighted(nn.Module):
+        def forward(self, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels, weight)
+
+    wrapped = wrap(Weighted(), 2)
+    arguments = (torch.randn(5, 3), torch.zeros(5, dtype=torch.long), torch.ones(3))
+    with pytest.raises(RuntimeError, match="weight tensor") as caught:
+        wrapped(*arguments)
+    (note,) = caught.value.__notes__
+    assert "(5, 3) into [3, 2], (5,) into [3, 2], (3,) into [2, 1]" in note
+
+
+def test_an_error_on_a_batch_that_was_not_split_has_no_note() -> None:
+    wrapped = wrap(Failing("forward", ValueError, towers=(0,)).double(), 2)
+    with pytest.raises(ValueError) as caught:
+        wrapped(batch(1))
+    assert not any("split" in note for note in getattr(caught.value, "__notes__", ()))
 
 
 def test_a_keyboard_interrupt_raised_in_a_tower_reaches_the_caller() -> None:

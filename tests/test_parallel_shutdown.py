@@ -257,7 +257,11 @@ assert torch.equal(model(x), model.module(x))
 
 def test_interrupting_again_and_again_never_hangs() -> None:
     passes("""
-model = towers(Slow(0), 3, max_concurrency=3)
+class Net(Slow):
+    def forward(self, x):
+        time.sleep(self.seconds)  # which nothing breaks into
+        return self.fc(x)
+model = towers(Net(0), 3, max_concurrency=3)
 model(torch.ones(6, 3))
 model.module.seconds = 0.3
 def interrupt():
@@ -273,6 +277,91 @@ except KeyboardInterrupt:
 model.module.seconds = 0
 model(torch.ones(6, 3))
 """, 30)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_second_interrupt_breaks_into_towers_that_would_never_end(where: str) -> None:
+    passes(f"""
+class Spin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, where):
+        ctx.where = where
+        while where == "forward":
+            time.sleep(0.01)
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        while ctx.where == "backward":
+            time.sleep(0.01)
+        return grad, None
+class Net(Slow):
+    where = ""
+    def forward(self, x):
+        return Spin.apply(self.fc(x), self.where)
+model = towers(Net(0), 3, max_concurrency=2)
+model(torch.ones(6, 3)).sum().backward()
+model.module.where = "{where}"
+def interrupt():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    model(torch.ones(6, 3)).sum().backward()
+    sys.exit("no interrupt")
+except KeyboardInterrupt:
+    pass
+assert not [t for t in threading.enumerate() if t.name.startswith("torchtower tower")], "those broken into are gone"
+model.module.where = ""
+model.zero_grad()
+model(torch.ones(6, 3)).sum().backward()
+torch.testing.assert_close(model.module.fc.weight.grad, torch.full((2, 3), 6.0))
+""", 30)  # fmt: skip
+
+
+def test_two_interrupts_at_any_moment_lose_no_tower() -> None:
+    # What breaks into a tower may strike between any two of its steps, or when it has done its part already.
+    program = """
+import random
+sys.setswitchinterval(1e-5)
+def handler(number, frame):
+    while frame is not None:  # anywhere else an interrupt would be nobody's
+        if frame.f_code.co_name == "run" and frame.f_code.co_filename.endswith("rounds.py"):
+            raise KeyboardInterrupt
+        frame = frame.f_back
+signal.signal(signal.SIGINT, handler)
+class Net(Slow):
+    def forward(self, x):
+        for _ in range(random.randrange(20000)):
+            pass
+        return self.fc(x)
+model = towers(Net(0), 2)
+x = torch.ones(4, 3)
+model(x)
+main, stopped = threading.main_thread().ident, False
+def interrupt():
+    while not stopped:
+        time.sleep(random.uniform(0.0, 0.003))
+        for _ in range(3):
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(random.uniform(0.0, 0.0002))
+thread = threading.Thread(target=interrupt, daemon=True)
+thread.start()
+seen = broken = 0
+while seen < 1000:
+    try:
+        model(x).sum().backward()
+    except KeyboardInterrupt:
+        seen += 1
+        broken += not model._towers.pool._threads
+stopped = True
+thread.join()
+assert broken > 20, "too few were struck to tell"
+assert torch.equal(model(x), model.module(x))
+"""
+    # Python itself prints what strikes in the midst of a destructor.
+    done = run_python(HEAD + program, 120)
+    assert done.returncode == 0, done.stderr + done.stdout
 
 
 # ---- exits

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -74,11 +76,13 @@ class Round:
     The caller waits until every tower has finished, whatever happened in one of them: an exception is raised only
     then. So is what a signal's handler raises in the caller meanwhile (KeyboardInterrupt, mostly), after which towers
     whose turn has not come do nothing, and those that wait for others at an exchange are turned away (for ever, where a
-    user's lock keeps those). All decisions are taken in the caller's thread; towers only report. Those that have come
-    to an exchange wait at their gate, and need a turn again to go on.
+    user's lock keeps those). At the second such exception the towers that still work are broken into: KeyboardInterrupt
+    is raised in them where they are, as it would be in a plain module. All other decisions are taken in the caller's
+    thread; towers only report. Those that have come to an exchange wait at their gate, and need a turn again to go on.
 
-    A signal may strike between any two steps of the caller. So nothing is counted twice or lost if a step is repeated:
-    towers report by adding to what only grows, and each look at it decides anew what is left to do.
+    A signal may strike between any two steps of the caller, and what breaks into a tower between any two of its own. So
+    nothing is counted twice or lost if a step is repeated: towers report by adding to what only grows, and each look at
+    it decides anew what is left to do.
 
     Args:
         inboxes: of the towers that take part, in tower order; a tower's thread calls `work` of what it finds there.
@@ -96,11 +100,13 @@ class Round:
         self._inboxes = inboxes
         self._job = job
         self._num_started = 0
-        self._begun: set[int] = set()
-        self._finished: list[int] = []
+        self._begun: dict[int, int] = {}  # of each tower that has, its thread
+        self._finished: set[int] = set()
         self._arrivals: deque[_Arrival] = deque()
         self._reports: SimpleQueue[None] = SimpleQueue()  # wakes the caller; the news is in the above
         self._interrupt: BaseException | None = None
+        self._num_interrupts = 0
+        self.broken_into: set[int] = set()  # the towers that a second interrupt has struck
 
     def run(self, max_concurrency: int) -> BaseException | None:
         """Do it all; see Note [Waiting for towers].
@@ -111,12 +117,23 @@ class Round:
         while True:
             try:
                 while len(self._finished) < len(self._inboxes):
+                    if self._num_interrupts > 1:
+                        self._break_into_towers()
                     if self._arrivals or self._num_started < len(self._inboxes):
                         self._advance(max_concurrency)
                     self._reports.get()
+                for tower in self.broken_into:
+                    _raise_in(self._begun[tower], None)
                 return self._interrupt
             except BaseException as error:
+                self._num_interrupts += 1
                 self._interrupt = self._interrupt or error
+
+    def _break_into_towers(self) -> None:
+        for tower, thread in list(self._begun.items()):
+            if tower not in self._finished and tower not in self.broken_into:
+                self.broken_into.add(tower)
+                _raise_in(thread, KeyboardInterrupt)
 
     def _advance(self, max_concurrency: int) -> None:
         """Let towers start and go on, as many as may."""
@@ -149,7 +166,7 @@ class Round:
         elif len(unanswered) == len(self._inboxes) - num_finished:
             answer = [arrival.value for arrival in unanswered]
             if num_finished:
-                missing = sorted(self._begun - {arrival.tower_index for arrival in waiting})
+                missing = sorted(self._begun.keys() - {arrival.tower_index for arrival in waiting})
                 answer = DesertedError(
                     f"tower_sum: expected every tower to come, as in a synchronised BatchNorm, but {missing} of them "
                     "finished without"
@@ -171,20 +188,19 @@ class Round:
         return list(answer)
 
     def work(self) -> None:
-        """In a tower's thread: do its job and report."""
+        """In a tower's thread: do its job, if that has not been begun, and report."""
         tower_index = _local.tower_index
-        if tower_index in self._begun:
-            return
-        self._begun.add(tower_index)
-        _local.round = self
         try:
-            if self._interrupt is None:
-                self.results[tower_index] = self._job(tower_index)
+            if tower_index not in self._begun:
+                self._begun[tower_index] = threading.get_ident()
+                _local.round = self
+                if self._interrupt is None:
+                    self.results[tower_index] = self._job(tower_index)
         except BaseException as error:
             self.errors[tower_index] = error
         finally:
             _local.round = None
-            self._finished.append(tower_index)
+            self._finished.add(tower_index)
             # Waking the caller for nothing would take the interpreter from the towers that still work.
             if len(self._finished) == len(self._inboxes) or self._num_started < len(self._inboxes) or self._arrivals:
                 self._reports.put(None)
@@ -203,8 +219,14 @@ class Round:
         return error
 
 
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have ``error`` raised in a thread at its next step; None calls off what has not been raised yet."""
+    raised = ctypes.py_object() if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
 def _add_words(error: BaseException, words: str) -> None:
-    try:
+    with suppress(Exception):  # of one that cannot be added to, or has no words (a __str__ that fails): raised as it is
         text = str(error)
         if words in text:
             return
@@ -212,7 +234,12 @@ def _add_words(error: BaseException, words: str) -> None:
             error.args = (f"{text} ({words})",)
             if isinstance(error, ImportError):
                 error.msg = error.args[0]
-        elif hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(words)
-    except Exception:
-        pass  # an exception that cannot be added to, or has no words (a __str__ that fails), is raised as it is
+        else:
+            add_note(error, words)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Have a line printed below an error's own words, once, where Python (from 3.11 on) and the error allow it."""
+    with suppress(Exception):
+        if note and note not in getattr(error, "__notes__", ()):
+            error.add_note(note)  # type: ignore[attr-defined,unused-ignore]

@@ -24,6 +24,7 @@ from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
+from torchtower.rounds import add_note
 from torchtower.scripted import is_training
 from torchtower.shards import Shards
 from torchtower.streams import Streams
@@ -101,7 +102,11 @@ class Towers:
             return job
 
         self._original.outside.remember()
-        outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
+        try:
+            outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
+        except Exception as error:
+            add_note(error, shards.told())
+            raise
         shards.pass_on_writes()
         shards.pass_on_contents()
         if self._buffers == "mean":

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -81,7 +82,7 @@ class TowerPool:
             Exception: what the first tower to fail (in tower order) raised; its words name the tower and its device.
                 Every tower has finished by then.
             BaseException: what a signal's handler raised while waiting, KeyboardInterrupt mostly. Every tower has
-                finished by then.
+                finished by then; the second such exception ends those that work, see Note [Waiting for towers].
         """
         if sys.is_finalizing():  # threads do not run any more
             raise RuntimeError("TowerParallel: expected to be used before the interpreter shuts down")
@@ -106,7 +107,8 @@ class TowerPool:
         self.has_met = round_.has_met
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
-        if self._closed:  # the backward of an output that has outlived the wrapper
+        # This is the backward of an output that has outlived the wrapper, or who knows what state a thread is in.
+        if self._closed or round_.broken_into:
             self._end_threads()
         torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error(self.devices)) is not None:
@@ -190,9 +192,15 @@ def _work(
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     ready.set()
-    while (round_ := inbox.get()) is not None:
-        round_.work()
-        del round_
+    round_: Round | None = None
+    while True:
+        # What breaks into a round may come when the job is done, here: the round is finished then, and one goes on.
+        with suppress(BaseException):
+            while True:
+                if round_ is None and (round_ := inbox.get()) is None:
+                    return
+                round_.work()
+                round_ = None
 
 
 def _openmp_pause() -> Callable[[int], int] | None:
