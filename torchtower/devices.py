@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def parse_device_ids(
 
     Raises:
         ValueError: no entry, a device that does not exist, or devices of more than one type.
-        TypeError: an entry is neither int, str nor ``torch.device``.
+        TypeError: an int in place of a list; an entry is neither int, str nor ``torch.device``.
 
     Example:
         >>> parse_device_ids(["cpu", "cpu"])
@@ -40,7 +42,13 @@ def parse_device_ids(
             return (torch.device("cpu"),)
         count = torch.accelerator.device_count()
         return tuple(torch.device(accelerator.type, index) for index in range(count))
-    if isinstance(device_ids, (str, int, torch.device)):
+    if isinstance(device_ids, int):
+        raise TypeError(
+            f"{function}: expected {argument} to list a device for each tower, but got {device_ids!r}, which may be a "
+            f"number of towers or one device: [{device_ids!r}] is one tower there, ['cpu'] * {device_ids!r} so many CPU "
+            "towers"
+        )
+    if isinstance(device_ids, (str, torch.device)):
         device_ids = [device_ids]
     devices = tuple(_parse(entry, accelerator, function, argument) for entry in device_ids)
     if not devices:
@@ -60,16 +68,18 @@ def parse_output_device(output_device: DeviceId) -> torch.device:
 
 
 def _parse(entry: DeviceId, accelerator: torch.device | None, function: str, argument: str) -> torch.device:
-    if isinstance(entry, bool) or not isinstance(entry, (int, str, torch.device)):
+    if isinstance(entry, bool) or not isinstance(entry, (SupportsIndex, str, torch.device)):
         raise TypeError(
             f"{function}: expected {argument} of int, str or torch.device, "
             f"but got {entry!r} of type {type(entry).__name__}"
         )
-    if isinstance(entry, int):
+    if isinstance(entry, SupportsIndex):  # numpy's integers, too
+        entry = operator.index(entry)
         if accelerator is None:
+            cpu = "name CPU towers as device_ids=['cpu', 'cpu']" if argument == "device_ids" else "the CPU is 'cpu'"
             raise ValueError(
-                f"{function}: expected {argument}={entry} to be an accelerator's device, but this machine has no "
-                "accelerator; name CPU towers as device_ids=['cpu', 'cpu']"
+                f"{function}: expected {argument} among the devices of this machine, but got {entry}, an "
+                f"accelerator's, and there is no accelerator; {cpu}"
             )
         device = torch.device(accelerator.type, entry) if entry >= 0 else None
     else:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,11 @@ def test_a_module_that_moves_away_after_wrapping_is_refused_too() -> None:
 def test_device_ids_that_do_not_exist_or_mix_types_are_refused(device_ids: list[int | str]) -> None:
     with pytest.raises(ValueError, match="TowerParallel: expected"):
         TowerParallel(nn.Linear(3, 2).to("simulated:0"), device_ids=device_ids)
+
+
+def test_numpys_integers_name_devices() -> None:
+    wrapped = TowerParallel(nn.Linear(3, 2).to("simulated:0"), device_ids=np.arange(2))
+    assert wrapped.device_ids == [0, 1] and wrapped.devices == (device(0), device(1))
 
 
 def test_cpu_towers_work_beside_an_accelerator() -> None:
