@@ -262,7 +262,7 @@ def test_bad_results_of_a_loss_function_are_named(output: Any, words: str) -> No
         wrap(mlp(), 3).tower_loss(lambda net, x: output(x), batch(6))
 
 
-@pytest.mark.parametrize("weight", ["2", torch.ones(3), 1j])
+@pytest.mark.parametrize("weight", ["2", 1j, [1.0]])
 def test_a_weight_that_is_no_number_is_named(weight: Any) -> None:
     with pytest.raises(TypeError, match=r"TowerParallel\.tower_loss: expected weights to be real.*tower 0's is"):
         wrap(mlp(), 2).tower_loss(lambda net, x: (net(x).sum(), weight), batch(4))
@@ -373,6 +373,29 @@ def test_a_loss_of_the_module_itself_in_place_of_its_replica_is_refused(num_towe
 
     wrapped.tower_loss(right, batch(8)).backward()
     wrapped.tower_loss(lambda replica, x: replica(x).sum() + wrapped(x).sum(), batch(8)).backward()
+
+
+def test_a_training_step_within_loss_fn_is_warned_of() -> None:
+    _, wrapped = twins(mlp(), 2)
+
+    def step(replica: nn.Module, x: Tensor) -> Tensor:
+        loss = replica(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    with pytest.warns(UserWarning, match="loss_fn went backward in the towers.* summed over towers, not averaged"):
+        wrapped.tower_loss(step, batch(8))
+
+
+def test_a_second_value_that_cannot_be_a_weight_is_named() -> None:
+    _, wrapped = twins(mlp(), 2)
+
+    def loss_and_output(replica: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = replica(x)
+        return out.square().mean(), out
+
+    with pytest.raises(TypeError, match=r"the tower's weight.*tower 0's is a tensor of shape \(4, \d\); return the"):
+        wrapped.tower_loss(loss_and_output, batch(8))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,8 +45,8 @@ def parse_device_ids(
     if isinstance(device_ids, int):
         raise TypeError(
             f"{function}: expected {argument} to list a device for each tower, but got {device_ids!r}, which may be a "
-            f"number of towers or one device: [{device_ids!r}] is one tower there, ['cpu'] * {device_ids!r} so many CPU "
-            "towers"
+            f"number of towers or one device: [{device_ids!r}] is one tower there, ['cpu'] * {device_ids!r} are as "
+            "many on the CPU"
         )
     if isinstance(device_ids, (str, torch.device)):
         device_ids = [device_ids]

@@ -18,6 +18,7 @@ def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
 
     Raises:
         ValueError: ``output`` is no floating tensor of one element, nor such a loss and a weight.
+        TypeError: the weight is a tensor of several elements, or of none.
     """
     loss, weight = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.is_floating_point() or loss.is_complex()):
@@ -25,6 +26,12 @@ def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
         raise ValueError(
             "TowerParallel.tower_loss: expected loss_fn to return a floating tensor of one element, or such a loss and "
             f"its weight, but tower {tower}'s returned {got}"
+        )
+    if isinstance(weight, Tensor) and weight.numel() != 1:
+        raise TypeError(
+            "TowerParallel.tower_loss: expected the second value that loss_fn returns to be a number, the tower's "
+            f"weight in the mean over towers, but tower {tower}'s is a tensor of shape {tuple(weight.shape)}; return "
+            "the loss alone, and keep what else is wanted in a list"
         )
     return loss.reshape(()) if loss.dim() else loss, weight  # a view would cost the graph a node more
 
@@ -47,6 +54,16 @@ def check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
                 "TowerParallel.tower_loss: expected loss_fn to return a weight in every tower or in none, but towers 0 "
                 f"and {tower} differ"
             )
+
+
+def warn_of_backward() -> None:
+    """Warn of a loss function that goes backward itself, as a training step put into it as a whole does."""
+    warnings.warn(
+        "TowerParallel.tower_loss: loss_fn went backward in the towers: these gradients reach the parameters when the "
+        "call ends, summed over towers, not averaged, and an optimizer's step within loss_fn finds none of them; "
+        "return the loss, and call backward() of what tower_loss returns and the optimizer's step() outside",
+        stacklevel=4,
+    )
 
 
 def check_leads_to_replicas(

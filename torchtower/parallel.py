@@ -19,7 +19,7 @@ from torchtower.batch_norm import silenced, warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.gather import Column, check_rows_fit, gather_structure
 from torchtower.held import HeldGradients
-from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight
+from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight, warn_of_backward
 from torchtower.nested import map_tensors
 from torchtower.ports import Port
 from torchtower.reduction import Grad
@@ -241,6 +241,8 @@ class TowerParallel(Steps[Module]):
         with self._lock:
             towers = self._running()
             result = towers.run(call, shards)
+            if towers.went_backward:
+                warn_of_backward()
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
             check_alike(pairs)
             check_leads_to_replicas(loss_fn, pairs[0][0], self.module, towers.main_leaves, self._checked)

@@ -69,6 +69,7 @@ class Towers:
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
         # T towers that meet a compiled module at once would compile it T times.
         self._in_turn = _is_compiled(self._original.modules)
+        self.went_backward = False  # whether a tower of the last call did, beside what the bridge runs
 
     @property
     def module(self) -> nn.Module:
@@ -124,6 +125,7 @@ class Towers:
             outputs = self.pool.run(jobs, in_turn=self._in_turn)
         finally:
             inner_gradients = self._take_gradients()
+            self.went_backward = bool(inner_gradients)
         self._in_turn = False
         self._take_over_flags()
         self._take_over_data()
