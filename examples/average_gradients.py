@@ -3,8 +3,8 @@
     python examples/average_gradients.py
 
 Four towers share a batch; one of them has broken labels. Each takes the gradients of its own loss, in parallel, and
-leaves them in a list. The broken tower's disagree with the others', which `stack_gradients` lets one see, and a weight
-of 0 keeps them out of the mean.
+leaves them with its number of rows. The broken tower's disagree with the others', which `stack_gradients` lets one see,
+and a weight of 0 keeps them out of the mean, in which the others count by their rows.
 """
 
 from __future__ import annotations
@@ -37,18 +37,22 @@ def main() -> None:
     labels = (inputs.sum(dim=1) > 0).long()
     noisy = labels.clone()
     noisy[192:] = 1 - noisy[192:]  # the last tower's rows are labelled wrongly
-    tower_grads: TowerGrads = [[] for _ in range(NUM_TOWERS)]
+    taken: dict[int, tuple[list[tuple[torch.Tensor, nn.Parameter]], int]] = {}
 
     def loss_fn(replica: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss = F.cross_entropy(replica(x), y)
         grads = torch.autograd.grad(loss, list(replica.parameters()))  # in the order of net's parameters
-        tower_grads[current_tower() or 0] = list(zip(grads, params, strict=True))
+        taken[current_tower() or 0] = list(zip(grads, params, strict=True)), len(x)
         return loss.detach()  # its gradients have been taken
 
     for step in range(30):
+        taken.clear()  # a batch of fewer rows than towers leaves the last ones idle: none may keep its last gradients
         model.tower_loss(loss_fn, inputs, noisy)
+        in_order = [taken[tower] for tower in sorted(taken)]
+        tower_grads = [grads for grads, _ in in_order]
+        rows = torch.tensor([num_rows for _, num_rows in in_order])
         agrees = agreement(tower_grads) > 0
-        for mean, param in average_gradients(tower_grads, weights=agrees.float().tolist()):
+        for mean, param in average_gradients(tower_grads, weights=(rows * agrees).tolist()):
             param.grad = mean
         optimizer.step()
         if step % 10 == 0:
