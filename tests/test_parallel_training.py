@@ -257,6 +257,20 @@ def test_zero_grad_forgets_what_no_sync_kept() -> None:
     assert_go_backward_alike(plain, wrapped, batch(7))
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_optimizers_zero_grad_forgets_what_no_sync_kept_of_its_parameters(set_to_none: bool) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    optimizers = [torch.optim.SGD(list(net.parameters())[:2], lr=0.1) for net in (plain, wrapped)]
+    plain(batch(6)).square().sum().backward()
+    with wrapped.no_sync():
+        wrapped(batch(6)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none)
+    for net in (plain, wrapped):
+        net(batch(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
 def test_an_error_within_no_sync_leaves_the_context() -> None:
     plain, wrapped = twins(mlp(), 2)
     with pytest.raises(KeyError), wrapped.no_sync():

@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import torch
@@ -188,7 +188,7 @@ class Bridge:
         if held and family.synchronize:
             shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
             values[: len(parameters)] = join(ports, shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
-            held.release(parameters, accumulated)
+            held.drop(compress(parameters, accumulated))
         if without := [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]:
             spare_hooks(chain(without, leaves_of(without)))
         if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):

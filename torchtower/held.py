@@ -1,12 +1,18 @@
 """Gradients kept back by ``no_sync``: accumulated in each tower, reduced with the next synchronised backward.
 
+As in DistributedDataParallel, where they would be in ``p.grad``, an optimizer's ``zero_grad`` drops them. torch has no
+hook for that, so that from the first one kept the method itself tells.
+
 Kept and given out are those alone that the engine is about to accumulate into a parameter: who asks for gradients with
 ``torch.autograd.grad``, or of other inputs, gets what belongs to his own backward and leaves the rest as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,6 +27,7 @@ class HeldGradients:
         self.synchronize = True  # whether forwards that run now have their gradients reduced, not kept
         self._towers: list[dict[int, Tensor]] = []
         self._parameters: dict[int, Tensor] = {}  # keeps them alive, so that ids stay theirs
+        _all.add(self)
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
@@ -47,6 +54,7 @@ class HeldGradients:
         Returns:
             ``local_grads`` without those kept.
         """
+        _hear_of_zero_grad()
         while len(self._towers) < len(local_grads):
             self._towers.append({})
         with torch.no_grad():
@@ -68,18 +76,35 @@ class HeldGradients:
             for held in self._towers
         ]
 
-    def release(self, parameters: Sequence[Tensor], chosen: Sequence[bool]) -> None:
-        """Forget what has been given out."""
-        for parameter, is_chosen in zip(parameters, chosen, strict=True):
-            if is_chosen:
-                self._parameters.pop(id(parameter), None)
-                for held in self._towers:
-                    held.pop(id(parameter), None)
+    def drop(self, parameters: Iterable[Tensor]) -> None:
+        """Forget what is kept of these: it has been given out, or ``zero_grad`` asks for it."""
+        for parameter in parameters:
+            self._parameters.pop(id(parameter), None)
+            for held in self._towers:
+                held.pop(id(parameter), None)
 
-    def drop(self) -> None:
-        """Forget what was kept, as ``zero_grad`` asks."""
+    def drop_all(self) -> None:
+        """Forget what is kept."""
         self._towers = []
         self._parameters = {}
+
+
+_all: weakref.WeakSet[HeldGradients] = weakref.WeakSet()
+
+
+@functools.cache
+def _hear_of_zero_grad() -> None:
+    """Let every optimizer's ``zero_grad`` drop what is kept of its parameters, from now on, in the whole process."""
+    zero_grad = torch.optim.Optimizer.zero_grad
+
+    @functools.wraps(zero_grad)
+    def zero_grad_and_drop(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        zero_grad(self, set_to_none)
+        for held in list(_all):
+            if held:
+                held.drop(chain.from_iterable(group["params"] for group in self.param_groups))
+
+    torch.optim.Optimizer.zero_grad = zero_grad_and_drop  # type: ignore[method-assign]
 
 
 def _like(parameter: Tensor, grad: Grad) -> Grad:

@@ -269,8 +269,8 @@ class TowerParallel(Steps[Module]):
         The first backward of a forward outside of it reduces all that was kept back, together with its own, into
         ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
         stays untouched until then (with one tower nothing is kept back, and nothing of a backward with
-        ``create_graph=True``). Gradients kept back are dropped by this module's `zero_grad`, but no optimizer's
-        ``zero_grad`` knows of them.
+        ``create_graph=True``). Gradients kept back are dropped by this module's `zero_grad`, and by an
+        optimizer's of its parameters; setting ``p.grad`` to None oneself does not drop them.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
@@ -298,7 +298,7 @@ class TowerParallel(Steps[Module]):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, those that `no_sync` has kept back too."""
         super().zero_grad(set_to_none)
-        self._held.drop()
+        self._held.drop_all()
 
     def _is_alone(self) -> bool:
         # While the interpreter shuts down, no other thread runs.
