@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -94,7 +95,7 @@ def _find(args: Any, name: str) -> Any:
         return None
     if len(args) == 1:
         whole = args[0]
-        if isinstance(whole, (dict, UserDict, types.MappingProxyType)):
+        if isinstance(whole, Mapping):
             return whole[name]
         if hasattr(whole, name):
             return getattr(whole, name)
@@ -103,7 +104,51 @@ def _find(args: Any, name: str) -> Any:
     return found[0] if isinstance(found, (list, tuple)) else found
 
 
+class StoredDict(MutableMapping[str, Any]):
+    """Has its items in an attribute, which a copy shares."""
+
+    def __init__(self, **items: Any) -> None:
+        self.store = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.store[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.store[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.store[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.store)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+
+class WrittenOnce(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("immutable")
+
+
+class OfTwo(tuple[Any, ...]):
+    def __new__(cls, left: Any, right: Any) -> OfTwo:
+        return super().__new__(cls, (left, right))
+
+
+@dataclasses.dataclass
+class Delegating:
+    items: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        return self.items[name]
+
+
 CALLS = {
+    "stored dict": lambda a, b: ((StoredDict(left=a, right=b),), {}),
+    "dict written once": lambda a, b: ((WrittenOnce(left=a, right=b),), {}),
+    "tuple of its own making": lambda a, b: ((OfTwo(a, b),), {}),
+    "delegating dataclass": lambda a, b: ((Delegating({"left": a, "right": b}),), {}),
     "positional": lambda a, b: ((a, b), {}),
     "keywords": lambda a, b: ((), {"left": a, "right": b}),
     "both": lambda a, b: ((a, None), {"right": b}),
@@ -151,6 +196,52 @@ def test_inputs_that_are_no_tensors_arrive_as_the_same_objects() -> None:
     for rest in seen:
         assert rest[0] is marker and rest[1] is callback and rest[2:] == (None, "text", torch.float32)
     assert len(seen) == 2
+
+
+def test_a_mapping_of_the_users_is_not_written_to_and_one_that_must_be_is_refused() -> None:
+    class Sum(nn.Module):
+        def forward(self, items: Mapping[str, Tensor]) -> Tensor:
+            return items["left"] + items["right"]
+
+    class Hidden(StoredDict):
+        def __init__(self, **items: Any) -> None:
+            self.hidden = {"within": dict(items)}
+
+        store = property(lambda self: self.hidden["within"])
+
+    a, b = batch(7, seed=1), batch(7, seed=2)
+    kept, hidden = StoredDict(left=a, right=b), Hidden(left=a, right=b)
+    assert_close(wrap(Sum(), 3)(kept), a + b)
+    assert kept["left"] is a and kept["right"] is b
+    with pytest.raises(TypeError, match=r"expected a Hidden to be one that can be made anew.*use a dict"):
+        wrap(Sum(), 2, max_concurrency=1)(hidden)
+    assert hidden["left"] is a and hidden["right"] is b
+
+
+def test_a_mapping_without_tensors_stays_the_very_same_object() -> None:
+    class Settings(Mapping[str, Any]):
+        def __init__(self, name: str = "default", **values: Any) -> None:
+            self.name, self.settings = name, values
+
+        def __getitem__(self, key: str) -> Any:
+            return self.settings[key]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self.settings)
+
+        def __len__(self) -> int:
+            return len(self.settings)
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, settings: Settings) -> Tensor:
+            assert settings is given
+            return x * settings["scale"]
+
+    given = Settings("run", scale=10.0)
+    x = batch(5)
+    assert_close(wrap(Scaled(), 2)(x, given), 10 * x)
+    with pytest.raises(TypeError, match="expected a Settings to be one that can be made anew"):
+        wrap(Scaled(), 2)(x, Settings("run", scale=x))
 
 
 def test_subclasses_of_containers_keep_their_type_and_default_factory() -> None:
