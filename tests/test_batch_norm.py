@@ -196,6 +196,22 @@ def test_synchronised_batch_norm_works_where_towers_take_turns(at_once: int) -> 
     assert_same_gradients(wrapped, plain, 1e-11)
 
 
+def test_a_backward_that_reaches_one_tower_alone_says_what_to_do() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.loss = self.norm(self.fc(x)).square().mean()
+            return self.fc(x)
+
+    wrapped = wrap(convert_sync_batchnorm(Auxiliary()), 2)
+    out = wrapped(torch.randn(6, 3))
+    with pytest.raises(RuntimeError, match=r"\[1\] of them finished without; .* return it as an output"):
+        (out.sum() + wrapped.module.loss).backward()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_a_tower_that_fails_before_the_others_meet_it_leaves_nobody_waiting(at_once: int, error: Any) -> None:

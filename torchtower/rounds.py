@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 _local = threading.local()
+_IN_BACKWARD = "; what a forward leaves in an attribute goes backward in the main tower alone: return it as an output"
 
 
 def current_tower() -> int | None:
@@ -167,9 +168,10 @@ class Round:
             answer = [arrival.value for arrival in unanswered]
             if num_finished:
                 missing = sorted(self._begun.keys() - {arrival.tower_index for arrival in waiting})
+                hint = "" if self.weights is None else _IN_BACKWARD
                 answer = DesertedError(
                     f"tower_sum: expected every tower to come, as in a synchronised BatchNorm, but {missing} of them "
-                    "finished without"
+                    f"finished without{hint}"
                 )
             self.has_met = True
         if answer is not None:
