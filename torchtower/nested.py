@@ -22,14 +22,9 @@ from torchtower.parts import is_record
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor of a nested structure, in the order in which `map_tensors` meets them."""
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(collect, value)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for child in children_of(value) or () for tensor in tensors_in(child)]
 
 
 def map_tensors(

@@ -77,7 +77,7 @@ class Shards:
             key = id(tensor)
             if key not in taken:
                 parts = self._parts[key]
-                part = (tensor if parts is None else parts[tower]).detach()
+                part = tensor.detach() if parts is None else parts[tower]
                 if part.device == device:
                     self._aliased.add(key)
                 else:
