@@ -1,0 +1,26 @@
+"""What batches and outputs are nested in, beside Python's own containers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Data:
+    left: Tensor
+    right: Tensor
+    note: str = "kept"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenData:
+    left: Tensor
+    right: Tensor
+
+
+class AttributeDict(dict):
+    def __getattr__(self, name: str) -> Any:
+        return self[name]

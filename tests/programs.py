@@ -1,0 +1,30 @@
+"""Programs in a process of their own, for what ends one: signals, exits, forks."""
+
+from __future__ import annotations
+
+from tests.helpers import run_python
+
+HEAD = """
+import os, signal, sys, threading, time, torch
+from torch import nn
+from torchtower import TowerParallel, current_tower
+
+class Slow(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.fc, self.seconds = nn.Linear(3, 2), seconds
+    def forward(self, x):
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        return self.fc(x)
+
+def towers(net, n=2, **options):
+    return TowerParallel(net, ["cpu"] * n, **options)
+"""
+
+
+def passes(program: str, timeout_s: float = 60) -> None:
+    done = run_python(HEAD + program, timeout_s)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "Fatal" not in done.stderr and "Traceback" not in done.stderr, done.stderr
