@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -296,6 +297,8 @@ def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
         ({"device_ids": ["nonsense"]}, ValueError, "device_ids.*'nonsense'"),
         ({"device_ids": [0]}, ValueError, r"no accelerator; name CPU towers as device_ids=\['cpu', 'cpu'\]"),
         ({"device_ids": 2}, TypeError, r"list a device for each tower, but got 2.*\['cpu'\] \* 2"),
+        ({"device_ids": np.int64(2)}, TypeError, "list a device for each tower, but got"),
+        ({"device_ids": [np.arange(2)]}, TypeError, "of type ndarray"),
         ({"device_ids": ["cuda:0"]}, ValueError, "does not exist here"),
         ({"device_ids": [1.5]}, TypeError, "1.5 of type float"),
         ({"device_ids": [True]}, TypeError, "of type bool"),

@@ -169,6 +169,55 @@ def test_a_mapping_of_the_users_is_not_written_to_and_one_that_must_be_is_refuse
     assert hidden["left"] is a and hidden["right"] is b
 
 
+def test_a_mapping_that_makes_its_values_at_each_access_is_copied_not_written_to() -> None:
+    class Interpolating(StoredDict):
+        def __getitem__(self, key: str) -> Any:
+            value = self.store[key]
+            return value.format(**self.store) if isinstance(value, str) else value
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, settings: Interpolating) -> Tensor:
+            assert settings["path"] == "/data/a"
+            return x * settings["scale"]
+
+    x = batch(5)
+    for scale in (2.0, batch(5, seed=1)):
+        settings = Interpolating(root="/data", path="{root}/a", scale=scale)
+        assert_close(wrap(Net(), 2)(x, settings), x * scale)
+        assert settings.store["path"] == "{root}/a" and settings["scale"] is scale
+
+
+def test_tuples_of_a_class_keep_its_attributes() -> None:
+    class Scaled(tuple[Any, ...]):
+        def __new__(cls, items: Any, scale: float = 1.0) -> Scaled:
+            made = super().__new__(cls, items)
+            made.scale = scale
+            return made
+
+    class Slotted(tuple[Any, ...]):
+        __slots__ = ()
+
+        def __new__(cls, left: Any, right: Any) -> Slotted:
+            return super().__new__(cls, (left, right))
+
+    class Refusing(tuple[Any, ...]):
+        def __new__(cls, *items: Any) -> Refusing:
+            if len(items) != 2:
+                raise ValueError("expected two")
+            return super().__new__(cls, items)
+
+    class Net(nn.Module):
+        def forward(self, given: Any) -> Any:
+            assert getattr(given, "scale", 5.0) == 5.0
+            return given
+
+    x = batch(5)
+    for given in (Scaled((x, x), 5.0), Slotted(x, x), Refusing(x, x)):
+        out = wrap(Net(), 2)(given)
+        assert type(out) is type(given) and vars(given) == vars(out) if hasattr(given, "__dict__") else True
+        assert_close(out[1], x)
+
+
 def test_a_mapping_without_tensors_stays_the_very_same_object() -> None:
     class Settings(Mapping[str, Any]):
         def __init__(self, name: str = "default", **values: Any) -> None:

@@ -205,6 +205,95 @@ torch.testing.assert_close(model.module.fc.weight.grad, torch.full((2, 3), 6.0))
 """, 30)  # fmt: skip
 
 
+def test_towers_that_hold_out_are_broken_into_at_every_interrupt() -> None:
+    passes("""
+class Stubborn(Slow):
+    goes_on = True
+    def forward(self, x):
+        held_out = 0
+        while self.goes_on:
+            try:
+                time.sleep(0.01)
+            except KeyboardInterrupt:
+                held_out += 1
+                if held_out == 2:
+                    raise
+        return self.fc(x)
+model = towers(Stubborn(0), 2)
+def interrupt():
+    for _ in range(3):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    model(torch.ones(4, 3))
+    sys.exit("no interrupt")
+except KeyboardInterrupt:
+    pass
+model.module.goes_on = False
+model(torch.ones(4, 3))
+""", 30)  # fmt: skip
+
+
+def test_towers_that_are_broken_into_give_back_the_turn_of_forward_mode() -> None:
+    passes("""
+from torch.func import jvp
+class Net(Slow):
+    goes_on = True
+    def forward(self, x):
+        def function(x):
+            while self.goes_on:
+                time.sleep(0.005)
+            return self.fc(x).sin()
+        return jvp(function, (x,), (torch.ones_like(x),))[1]
+model = towers(Net(0), 3, max_concurrency=3)
+def interrupt():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    model(torch.ones(6, 3))
+    sys.exit("no interrupt")
+except KeyboardInterrupt:
+    pass
+model.module.goes_on = False
+assert model(torch.ones(6, 3)).shape == (6, 2)
+assert len([t for t in threading.enumerate() if t.name.startswith("torchtower tower")]) == 3, "the module ran alone"
+""", 30)  # fmt: skip
+
+
+def test_two_signals_at_the_same_moment_wait_for_the_towers() -> None:
+    passes("""
+class Net(nn.Module):
+    working, seconds = 0, 0.0
+    def forward(self, x):
+        Net.working += 1
+        try:
+            time.sleep(self.seconds)
+        finally:
+            Net.working -= 1
+        return x
+def stop(*args):
+    raise TimeoutError
+signal.signal(signal.SIGTERM, stop)
+model = towers(Net(), 2)
+model(torch.ones(4, 3))
+Net.seconds = 0.3
+def interrupt():
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+for _ in range(5):
+    threading.Thread(target=interrupt).start()
+    try:
+        model(torch.ones(4, 3))
+        sys.exit("no interrupt")
+    except (KeyboardInterrupt, TimeoutError):
+        assert Net.working == 0
+""", 60)  # fmt: skip
+
+
 def test_two_interrupts_at_any_moment_lose_no_tower() -> None:
     # What breaks into a tower may strike between any two of its steps, or when it has done its part already.
     program = """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from contextlib import suppress
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def parse_device_ids(
             return (torch.device("cpu"),)
         count = torch.accelerator.device_count()
         return tuple(torch.device(accelerator.type, index) for index in range(count))
-    if isinstance(device_ids, int):
+    if isinstance(device_ids, SupportsIndex) and not getattr(device_ids, "ndim", 0):
         raise TypeError(
             f"{function}: expected {argument} to list a device for each tower, but got {device_ids!r}, which may be a "
             f"number of towers or one device: [{device_ids!r}] is one tower there, ['cpu'] * {device_ids!r} are as "
@@ -68,13 +69,8 @@ def parse_output_device(output_device: DeviceId) -> torch.device:
 
 
 def _parse(entry: DeviceId, accelerator: torch.device | None, function: str, argument: str) -> torch.device:
-    if isinstance(entry, bool) or not isinstance(entry, (SupportsIndex, str, torch.device)):
-        raise TypeError(
-            f"{function}: expected {argument} of int, str or torch.device, "
-            f"but got {entry!r} of type {type(entry).__name__}"
-        )
-    if isinstance(entry, SupportsIndex):  # numpy's integers, too
-        entry = operator.index(entry)
+    if not isinstance(entry, (str, torch.device)):
+        entry = _index(entry, function, argument)
         if accelerator is None:
             cpu = "name CPU towers as device_ids=['cpu', 'cpu']" if argument == "device_ids" else "the CPU is 'cpu'"
             raise ValueError(
@@ -90,6 +86,15 @@ def _parse(entry: DeviceId, accelerator: torch.device | None, function: str, arg
                 f"{function}: expected {argument} to name devices, such as 'cpu' or 'cuda:0', but got {entry!r}"
             ) from None
     return _existing(device, entry, accelerator, function, argument)
+
+
+def _index(entry: Any, function: str, argument: str) -> int:
+    with suppress(TypeError):
+        if not isinstance(entry, bool):
+            return operator.index(entry)  # numpy's integers, too
+    raise TypeError(
+        f"{function}: expected {argument} of int, str or torch.device, but got {entry!r} of type {type(entry).__name__}"
+    )
 
 
 def _existing(

@@ -27,6 +27,20 @@ def has_turn() -> bool:
     return getattr(_local, "depth", 0) > 0
 
 
+def give_back_turn() -> None:
+    """At the end of a tower's job, whatever broke into it: nobody else can release what its thread holds."""
+    lock: Any = _turn
+    while lock._is_owned():
+        lock.release()
+    _local.depth = 0
+
+
+def leave_levels() -> None:
+    """Once all towers are done, leave the levels that one which was broken into is still in, for the whole process."""
+    while forward_ad._current_level >= 0:
+        forward_ad.exit_dual_level()
+
+
 @functools.cache
 def take_turns_in_forward_mode() -> None:
     """Have it so in this process, from now on; threads that are no towers enter as ever."""

@@ -66,7 +66,8 @@ def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Cal
         children = [[output[name] for name in names] for output in outputs]
     fields = zip(*[child for child in children if child is not None], strict=True)
     makes = [_take_apart(field, columns, f"{path}[{name!r}]") for name, field in zip(names, fields, strict=True)]
-    return lambda values: rebuild(first, [make(values) for make in makes])
+    before = children[0] or []
+    return lambda values: rebuild(first, before, [make(values) for make in makes])
 
 
 def check_rows_fit(column: Column, dim: int) -> None:

@@ -9,7 +9,6 @@ import functools
 import inspect
 import threading
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,16 +84,6 @@ class TowerGenerators:
                 self._seeds.note_draw(device.type)
 
 
-class StandIn(Sequence[torch.Generator]):
-    """What has taken the name of a device module's ``default_generators``, the ``real`` ones."""
-
-    def __init__(self, real: Sequence[torch.Generator]) -> None:
-        self.real = real
-
-    def __len__(self) -> int:
-        return len(self.real)
-
-
 def hash_of(generator: Generator) -> int:
     """Tells whether a generator's state has moved."""
     return zlib.crc32(generator.get_state().numpy().tobytes())
@@ -105,8 +94,7 @@ def default_generator(device: torch.device) -> Generator:
     if device.type == "cpu":
         return torch.default_generator
     generators = getattr(torch.get_device_module(device), "default_generators", ())
-    if isinstance(generators, StandIn):
-        generators = generators.real
+    generators = getattr(generators, "real", generators)  # those that a stand-in has taken the name of
     return generators[device.index] if device.index < len(generators) else _generator_by_state(device)
 
 

@@ -44,7 +44,7 @@ def map_tensors(
     children = children_of(value)
     if not children:
         return value if children is None else of_empty(value)
-    return rebuild(value, [map_tensors(function, child, of_empty) for child in children])
+    return rebuild(value, children, [map_tensors(function, child, of_empty) for child in children])
 
 
 def children_of(value: Any) -> list[Any] | None:
@@ -85,85 +85,94 @@ def _fields(value: Any) -> list[str]:
     return fields + [name for name, part in others if isinstance(part, Tensor) and name not in fields]
 
 
-def rebuild(value: Any, children: list[Any]) -> Any:
-    """A container like ``value`` of other values, in the order of `children_of`.
+def rebuild(value: Any, before: list[Any], children: list[Any]) -> Any:
+    """A container like ``value`` of other values.
+
+    Args:
+        value: the container.
+        before: its `children_of`.
+        children: what takes their places.
 
     Raises:
         TypeError: a container of a class of the user's that cannot be made anew.
     """
-    if type(value) is tuple:
+    kind = type(value)
+    if kind is tuple:
         return tuple(children)
+    if kind is list:
+        return children
+    if kind is dict:
+        return dict(zip(value, children, strict=True))
+    if (
+        isinstance(value, (tuple, Mapping))
+        and not isinstance(value, MutableMapping)
+        and all(map(is_, before, children))
+    ):
+        return value
     if isinstance(value, Mapping):
-        return _rebuild_mapping(value, children)
+        return _rebuild_mapping(value, before, children)
     if isinstance(value, tuple):
         return _rebuild_tuple(value, children)
-    if isinstance(value, list):
-        if type(value) is list:
-            return children
-        rebuilt = copy.copy(value)
-        rebuilt[:] = children
-        return rebuilt
-    if is_record(value) and type(value) is not SimpleNamespace:  # none of the class's own code is run
-        rebuilt = object.__new__(type(value))
+    if is_record(value) and kind is not SimpleNamespace:  # none of the class's own code is run
+        rebuilt = object.__new__(kind)
         vars(rebuilt).update(vars(value))
     else:
         rebuilt = copy.copy(value)
+    if isinstance(value, list):
+        rebuilt[:] = children
+        return rebuilt
     for name, child in zip(_fields(value), children, strict=True):
         object.__setattr__(rebuilt, name, child)  # frozen dataclasses refuse setattr
     return rebuilt
 
 
 def _rebuild_tuple(value: tuple[Any, ...], children: list[Any]) -> Any:
-    if all(map(is_, value, children)):
-        return value
     make = getattr(type(value), "_make", type(value))  # a named tuple's
-    with suppress(TypeError):
-        if all(map(is_, rebuilt := make(children), children)):
+    attributes = getattr(value, "__dict__", {})
+    with suppress(Exception):
+        rebuilt = make(children)
+        if list(map(id, iter(rebuilt))) == list(map(id, children)):
+            # Tensors among its attributes it has made of its new ones.
+            if attributes:
+                vars(rebuilt).update((n, part) for n, part in attributes.items() if not isinstance(part, Tensor))
             return rebuilt
     rebuilt = tuple.__new__(type(value), children)  # its class makes it of something else
-    vars(rebuilt).update(vars(value))
+    if attributes:
+        vars(rebuilt).update(attributes)
     return rebuilt
 
 
-def _rebuild_mapping(value: Mapping[Any, Any], children: list[Any]) -> Any:
-    before = dict(value.items())
-    items = dict(zip(before, children, strict=True))
-    if type(value) is dict:
-        return items
-    if not isinstance(value, MutableMapping) and all(map(is_, before.values(), children)):
-        return value
-    rebuilt = None
-    if isinstance(value, MutableMapping):
-        with suppress(TypeError):  # of a dict that refuses to be written to
-            rebuilt = _refilled(value, items)
+def _rebuild_mapping(value: Mapping[Any, Any], before: list[Any], children: list[Any]) -> Any:
+    changes = [(k, old, new) for k, old, new in zip(value, before, children, strict=True) if new is not old]
+    owned = [(key, old) for key, old, _ in changes if value[key] is old]  # a mapping may make its values at each access
+    rebuilt = _written_copy(value, changes) if isinstance(value, MutableMapping) else None
     if rebuilt is None:
-        rebuilt = type(value)(items)  # type: ignore[call-arg]
-    if not (_holds(value, before) and _holds(rebuilt, items)):
-        if isinstance(value, MutableMapping):
-            value.update(before)
-        raise TypeError(
-            f"TowerParallel: expected a {type(value).__name__} to be one that can be made anew of other values, but "
-            "what came of it does not hold them, or is not apart from the first; use a dict"
-        )
-    return rebuilt
+        rebuilt = type(value)(dict(zip(value, children, strict=True)))  # type: ignore[call-arg]
+    is_apart = all(value[key] is old for key, old in owned)
+    if is_apart and all(key in rebuilt for key, _, _ in changes):
+        return rebuilt
+    if not is_apart and isinstance(value, MutableMapping):
+        value.update(owned)
+    raise TypeError(
+        f"TowerParallel: expected a {type(value).__name__} to be one that can be made anew of other values, but what "
+        "came of it does not hold them, or is not apart from the first; use a dict"
+    )
 
 
-def _holds(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> bool:
-    return all(mapping.get(key) is value for key, value in items.items())
-
-
-def _refilled(value: MutableMapping[Any, Any], items: dict[Any, Any]) -> Any:
-    rebuilt: Any = copy.copy(value)  # keeps a default_factory and whatever else a subclass carries
+def _written_copy(value: MutableMapping[Any, Any], changes: list[tuple[Any, Any, Any]]) -> Any:
+    """A copy with some values exchanged; None of what refuses to be written to."""
     attributes = getattr(value, "__dict__", {})
-    if attributes is value:  # its items are its attributes
-        rebuilt.__dict__ = rebuilt
-    elif not isinstance(value, dict):  # it may have its items in an attribute, which copying has shared
-        for name, part in attributes.items():
-            if isinstance(part, MutableMapping) and getattr(rebuilt, name, None) is part:
-                rebuilt.__dict__[name] = copy.copy(part)
-    for key, child in items.items():
-        if rebuilt[key] is not child:
-            rebuilt[key] = child
-        if isinstance(child, Tensor) and attributes.get(key) is value[key]:  # an attribute, too
-            rebuilt.__dict__[key] = child
-    return rebuilt
+    with suppress(TypeError):
+        rebuilt: Any = copy.copy(value)  # keeps a default_factory and whatever else a subclass carries
+        if attributes is value:  # its items are its attributes
+            rebuilt.__dict__ = rebuilt
+        elif not isinstance(value, dict):  # it may have its items in an attribute, which copying has shared
+            for name, part in attributes.items():
+                if isinstance(part, MutableMapping) and getattr(rebuilt, name, None) is part:
+                    rebuilt.__dict__[name] = copy.copy(part)
+        for key, old, new in changes:
+            rebuilt[key] = new
+            if isinstance(new, Tensor) and attributes.get(key) is old:  # an attribute, too
+                rebuilt.__dict__[key] = new
+        return rebuilt
+    return None

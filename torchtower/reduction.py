@@ -17,8 +17,6 @@ from torchtower import _composed, ops
 
 Grad = Tensor | None
 _PLAIN = {Tensor, nn.Parameter}
-_STRIDED = {torch.strided}
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
@@ -34,11 +32,8 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
         One gradient a parameter on the first tower's device; None where every tower has None.
     """
     grads = list(chain.from_iterable(towers))
-    if _are_plain(grads) and 0 not in weights and (_is_one(weights) or not _are_followed(grads)):  # nearly always
-        try:
-            return list(_fused_sum(towers[0], grads, weights, in_place))  # type: ignore[arg-type]
-        except ValueError:  # on several devices perhaps, which the op refuses before it writes
-            pass
+    if _are_plain(grads) and 0 not in weights:
+        return list(_sum_dense(towers, weights, in_place))  # type: ignore[arg-type]
     results: list[Grad] = []
     # One call of the op for each set of towers that have a gradient: nearly always a single call.
     groups: dict[tuple[int, ...], list[tuple[int, torch.dtype, list[Tensor]]]] = {}
@@ -65,9 +60,12 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
 
 
 def _are_plain(grads: Sequence[Any]) -> bool:
-    """Whether all gradients are there and dense: the usual case, told at the cost of a look at each."""
+    """Whether all gradients are there, dense and on one device: the usual case, told at the cost of a look at each."""
     return (
-        _PLAIN.issuperset(map(type, grads)) and {grad.layout for grad in grads} <= _STRIDED and not _have_zeros(grads)
+        _PLAIN.issuperset(map(type, grads))
+        and len(places := {(grad.layout, grad.device) for grad in grads}) <= 1
+        and all(layout is torch.strided for layout, _ in places)
+        and not _have_zeros(grads)
     )
 
 
@@ -77,43 +75,32 @@ def _have_zeros(grads: Sequence[Tensor]) -> bool:
 
 
 def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
-    grads = list(chain.from_iterable(towers))
-    if not _is_one(weights) and _are_followed(grads):
-        return [_composed.mean(column, weights) for column in zip(*towers, strict=True)]
-    return _fused_sum(towers[0], grads, weights, in_place)
-
-
-def _fused_sum(
-    firsts: Sequence[Tensor], grads: list[Tensor], weights: Sequence[float], in_place: bool
-) -> Sequence[Tensor]:
-    """Sum over towers by the native op; ``grads`` are tower-major, ``firsts`` those of the first tower."""
-    if _is_one(weights):
+    firsts, *others = towers
+    if not others and weights[0] == 1:
         return firsts if in_place else [grad.clone() for grad in firsts]
+    has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in towers for grad in grads)
+    if has_graph or _is_transformed() or (not in_place and _are_batched(firsts)):
+        return [_composed.mean(grads, weights) for grads in zip(*towers, strict=True)]
     out: Sequence[Tensor]
     if in_place and all(map(Tensor.is_contiguous, firsts)):  # nearly always
         out = firsts
     else:
         out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
-    ops.tower_mean_(out, grads, weights)
+    ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
     return out
 
 
-def _is_one(weights: Sequence[float]) -> bool:
-    """Whether the sum is one tower's gradient as it is."""
-    return len(weights) == 1 and weights[0] == 1
+def _are_batched(grads: Sequence[Tensor]) -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` has made them."""
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
 
 
-def _are_followed(grads: Sequence[Any]) -> bool:
-    """Whether someone follows what becomes of these gradients who cannot follow the native op.
-
-    A graph, forward AD, vmap, jit.trace, or ``torch.autograd.grad(is_grads_batched=True)``, which has made them.
-    """
+def _is_transformed() -> bool:
+    """Whether someone follows the ops of this call who cannot follow the native one: forward AD, vmap, jit.trace."""
     return (
-        (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads))
-        or torch.autograd.forward_ad._current_level >= 0
+        torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or (not torch.compiler.is_compiling() and any(map(_is_batched, grads)))
     )
 
 

@@ -107,6 +107,7 @@ class Round:
         self._reports: SimpleQueue[None] = SimpleQueue()  # wakes the caller; the news is in the above
         self._interrupt: BaseException | None = None
         self._num_interrupts = 0
+        self._num_answered = 0
         self.broken_into: set[int] = set()  # the towers that a second interrupt has struck
 
     def run(self, max_concurrency: int) -> BaseException | None:
@@ -115,26 +116,40 @@ class Round:
         Returns:
             What a signal's handler has raised.
         """
+        # Twice the same: a signal may strike where the inner loop turns, too. Nothing is called where one is caught: it
+        # might strike there.
         while True:
             try:
-                while len(self._finished) < len(self._inboxes):
-                    if self._num_interrupts > 1:
-                        self._break_into_towers()
-                    if self._arrivals or self._num_started < len(self._inboxes):
-                        self._advance(max_concurrency)
-                    self._reports.get()
-                for tower in self.broken_into:
-                    _raise_in(self._begun[tower], None)
-                return self._interrupt
+                while True:
+                    try:
+                        return self._run(max_concurrency)
+                    except BaseException as error:
+                        self._num_interrupts += 1
+                        self._interrupt = self._interrupt or error
             except BaseException as error:
                 self._num_interrupts += 1
                 self._interrupt = self._interrupt or error
 
-    def _break_into_towers(self) -> None:
-        for tower, thread in list(self._begun.items()):
-            if tower not in self._finished and tower not in self.broken_into:
-                self.broken_into.add(tower)
-                _raise_in(thread, KeyboardInterrupt)
+    def _run(self, max_concurrency: int) -> BaseException | None:
+        while len(self._finished) < len(self._inboxes):
+            if self._num_answered < self._num_interrupts:
+                self._answer_interrupts()
+            if self._arrivals or self._num_started < len(self._inboxes):
+                self._advance(max_concurrency)
+            self._reports.get()
+        for tower in self.broken_into:
+            _raise_in(self._begun[tower], None)
+        return self._interrupt
+
+    def _answer_interrupts(self) -> None:
+        """From the second one on, break into the towers that work, each time anew: they may have held out."""
+        num_interrupts = self._num_interrupts
+        if num_interrupts > 1:
+            for tower, thread in list(self._begun.items()):
+                if tower not in self._finished:
+                    self.broken_into.add(tower)
+                    _raise_in(thread, KeyboardInterrupt)
+        self._num_answered = num_interrupts
 
     def _advance(self, max_concurrency: int) -> None:
         """Let towers start and go on, as many as may."""
@@ -217,7 +232,7 @@ class Round:
         tower = min(self.errors, key=lambda t: (isinstance(self.errors[t], DesertedError), t))
         error = self.errors[tower]
         self.errors.clear()
-        _add_words(error, f"in tower {tower} on device {devices[tower]}")
+        _add_words(error, f"{tower} on device {devices[tower]}")
         return error
 
 
@@ -227,7 +242,8 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
-def _add_words(error: BaseException, words: str) -> None:
+def _add_words(error: BaseException, tower: str) -> None:
+    words = f"in tower {tower}"
     with suppress(Exception):  # of one that cannot be added to, or has no words (a __str__ that fails): raised as it is
         text = str(error)
         if words in text:
@@ -237,11 +253,15 @@ def _add_words(error: BaseException, words: str) -> None:
             if isinstance(error, ImportError):
                 error.msg = error.args[0]
         else:
-            add_note(error, words)
+            add_note(error, "in tower ", tower)
 
 
-def add_note(error: BaseException, note: str) -> None:
-    """Have a line printed below an error's own words, once, where Python (from 3.11 on) and the error allow it."""
+def add_note(error: BaseException, begin: str, rest: str) -> None:
+    """Have a line printed below an error's own words, where Python (from 3.11 on) and the error allow it.
+
+    It takes the place of one that begins alike, as an object that is raised again may have.
+    """
     with suppress(Exception):
-        if note and note not in getattr(error, "__notes__", ()):
-            error.add_note(note)  # type: ignore[attr-defined,unused-ignore]
+        error.add_note(begin + rest)  # type: ignore[attr-defined,unused-ignore]
+        notes: list[str] = error.__notes__  # type: ignore[attr-defined,unused-ignore]
+        notes[:-1] = [note for note in notes[:-1] if not note.startswith(begin)]

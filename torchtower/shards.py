@@ -21,7 +21,7 @@ from torchtower.devices import move
 from torchtower.local_backward import is_untouched, writable
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.ports import Port
-from torchtower.scatter import Splits, even_sizes, plan_splits, size_along
+from torchtower.scatter import Splits, plan_splits
 
 _MOST_TOLD = 8  # tensors, in an error's note
 
@@ -102,11 +102,14 @@ class Shards:
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""
-        dim, num_towers = self.splits.dim, len(self.splits.rows)
-        split = [tensor for tensor in self._tensors if self._parts[id(tensor)]][:_MOST_TOLD]
-        told = [f"{tuple(t.shape)} into {list(even_sizes(size_along(t, dim), num_towers))}" for t in split]
-        words = f"TowerParallel split tensors along dimension {dim} for {num_towers} towers: "
-        return words + ", ".join(told) if told else ""
+        dim = self.splits.dim
+        tensors = {id(tensor): tensor for tensor in self._tensors}
+        told = [
+            f"{tuple(tensor.shape)} into {[part.shape[dim] for part in parts]}"
+            for key, tensor in tensors.items()
+            if (parts := self._parts[key]) is not None
+        ]
+        return f"along dimension {dim}: {', '.join(told[:_MOST_TOLD])}" if told else ""
 
     def overwritten(self) -> list[tuple[int, list[Tensor | None]]]:
         """Of which `ports` a forward has written into the batch, with autograd on; and what each tower has there now.

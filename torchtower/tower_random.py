@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchtower.generators import Generator, StandIn, TowerGenerators, default_generator, real_states
+from torchtower.generators import Generator, TowerGenerators, default_generator, real_states
 
 Result = TypeVar("Result")
 _KEY_NAME = "TESTING_ONLY_GenericMode"
@@ -67,12 +67,15 @@ class _RandomModule(ModuleType):
     default_generator = property(lambda module: _cpu_generator_here())
 
 
-class _DefaultGeneratorsOfThread(StandIn):
+class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
     """Stands for a device module's ``default_generators``: in a tower's thread, that tower's own."""
 
     def __init__(self, device_type: str, real: Sequence[torch.Generator]) -> None:
-        super().__init__(real)
         self._device_type = device_type
+        self.real = real
+
+    def __len__(self) -> int:
+        return len(self.real)
 
     def __getitem__(self, index: Any) -> Any:
         generators = getattr(_local, "generators", None)

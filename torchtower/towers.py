@@ -106,7 +106,8 @@ class Towers:
         try:
             outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
         except Exception as error:
-            add_note(error, shards.told())
+            if told := shards.told():
+                add_note(error, "TowerParallel split tensors ", told)
             raise
         shards.pass_on_writes()
         shards.pass_on_contents()

@@ -13,13 +13,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from torchtower.forward_mode import take_turns_in_forward_mode
+from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.generators import Seeds, TowerGenerators
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState, without_parametrization_cache
@@ -91,7 +90,10 @@ class TowerPool:
 
         def do(tower: int) -> Any:
             work = functools.partial(state.run, self.devices[tower], jobs[tower])
-            return draw_from(TowerGenerators(tower, seeds), work)
+            try:
+                return draw_from(TowerGenerators(tower, seeds), work)
+            finally:
+                give_back_turn()
 
         self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
         try:
@@ -107,8 +109,9 @@ class TowerPool:
         self.has_met = round_.has_met
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
-        # This is the backward of an output that has outlived the wrapper, or who knows what state a thread is in.
-        if self._closed or round_.broken_into:
+        if round_.broken_into:  # who knows what state a thread is in
+            leave_levels()
+        if self._closed or round_.broken_into:  # closed: the backward of an output that has outlived the wrapper
             self._end_threads()
         torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error(self.devices)) is not None:
@@ -193,14 +196,20 @@ def _work(
         torch.accelerator.set_device_index(device.index)
     ready.set()
     round_: Round | None = None
+    # What breaks into a round may come when the job is done, here: the round is finished then, and one goes on. Twice,
+    # since it may come where the inner loop turns, too.
     while True:
-        # What breaks into a round may come when the job is done, here: the round is finished then, and one goes on.
-        with suppress(BaseException):
+        try:
             while True:
-                if round_ is None and (round_ := inbox.get()) is None:
-                    return
-                round_.work()
-                round_ = None
+                try:
+                    if round_ is None and (round_ := inbox.get()) is None:
+                        return
+                    round_.work()
+                    round_ = None
+                except BaseException:
+                    continue
+        except BaseException:
+            continue
 
 
 def _openmp_pause() -> Callable[[int], int] | None:

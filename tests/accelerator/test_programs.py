@@ -27,6 +27,11 @@ from tests.helpers import run_python
 from torchtower import TowerParallel, average_gradients, convert_sync_batchnorm, stack_gradients
 
 
+def test_the_means_of_one_tower_lie_on_its_first_gradients_device() -> None:
+    grads = [torch.ones(3, device=device(0)), torch.ones(3, device=device(1)), torch.ones(2)]
+    assert {mean.device for mean in average_gradients([grads])} == {device(0)}
+
+
 def test_average_gradients_takes_towers_on_their_devices() -> None:
     grads = [torch.ones(3, device=device(0)), torch.full((3,), 4.0, device=device(1))]
     mean, nothing = average_gradients([[grads[0], None], [grads[1], None]], weights=[2, 1])
