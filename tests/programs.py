@@ -21,6 +21,20 @@ class Slow(nn.Module):
 
 def towers(net, n=2, **options):
     return TowerParallel(net, ["cpu"] * n, **options)
+
+def interrupt_after(*delays_s):
+    def send():
+        for delay_s in delays_s:
+            time.sleep(delay_s)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=send, daemon=True).start()
+
+def expect_interrupt(call):
+    try:
+        call()
+    except KeyboardInterrupt:
+        return
+    sys.exit("no interrupt")
 """
 
 

@@ -11,14 +11,9 @@ from tests.programs import HEAD, passes
 def test_a_keyboard_interrupt_reaches_the_caller_and_the_next_call_works() -> None:
     passes("""
 model = towers(Slow(1.0), 3, max_concurrency=2)
-threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+interrupt_after(0.3)
 start = time.monotonic()
-try:
-    model(torch.ones(6, 3))
-except KeyboardInterrupt:
-    pass
-else:
-    sys.exit("no interrupt")
+expect_interrupt(lambda: model(torch.ones(6, 3)))
 assert time.monotonic() - start < 1.8, "the tower whose turn had not come has run"
 model.module.seconds = 0.0
 model(torch.ones(6, 3)).sum().backward()
@@ -41,13 +36,8 @@ class Net(Slow):
         return SlowBackward.apply(self.fc(x))
 model = towers(Net(0))
 out = model(torch.ones(4, 3)).sum()
-threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-try:
-    out.backward()
-except KeyboardInterrupt:
-    pass
-else:
-    sys.exit("no interrupt")
+interrupt_after(0.2)
+expect_interrupt(out.backward)
 model.zero_grad()
 model(torch.ones(4, 3)).sum().backward()
 assert model.module.fc.weight.grad is not None
@@ -67,12 +57,8 @@ class Net(nn.Module):
         with self.lock:  # the tower that has it waits in the norm for the others, and they for the lock
             return self.norm(x)
 model = towers(convert_sync_batchnorm(Net()), 3)
-threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-try:
-    model(torch.ones(6, 3))
-    sys.exit("no interrupt")
-except KeyboardInterrupt:
-    pass
+interrupt_after(0.5)
+expect_interrupt(lambda: model(torch.ones(6, 3)))
 model.module.locks = False
 model(torch.ones(6, 3))
 """, 30)  # fmt: skip
@@ -150,16 +136,8 @@ class Net(Slow):
 model = towers(Net(0), 3, max_concurrency=3)
 model(torch.ones(6, 3))
 model.module.seconds = 0.3
-def interrupt():
-    for _ in range(3):
-        time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=interrupt).start()
-try:
-    model(torch.ones(6, 3))
-    sys.exit("no interrupt")
-except KeyboardInterrupt:
-    pass
+interrupt_after(0.05, 0.05, 0.05)
+expect_interrupt(lambda: model(torch.ones(6, 3)))
 model.module.seconds = 0
 model(torch.ones(6, 3))
 """, 30)  # fmt: skip
@@ -187,16 +165,8 @@ class Net(Slow):
 model = towers(Net(0), 3, max_concurrency=2)
 model(torch.ones(6, 3)).sum().backward()
 model.module.where = "{where}"
-def interrupt():
-    for _ in range(2):
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=interrupt).start()
-try:
-    model(torch.ones(6, 3)).sum().backward()
-    sys.exit("no interrupt")
-except KeyboardInterrupt:
-    pass
+interrupt_after(0.3, 0.3)
+expect_interrupt(lambda: model(torch.ones(6, 3)).sum().backward())
 assert not [t for t in threading.enumerate() if t.name.startswith("torchtower tower")], "those broken into are gone"
 model.module.where = ""
 model.zero_grad()
@@ -220,16 +190,8 @@ class Stubborn(Slow):
                     raise
         return self.fc(x)
 model = towers(Stubborn(0), 2)
-def interrupt():
-    for _ in range(3):
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=interrupt).start()
-try:
-    model(torch.ones(4, 3))
-    sys.exit("no interrupt")
-except KeyboardInterrupt:
-    pass
+interrupt_after(0.3, 0.3, 0.3)
+expect_interrupt(lambda: model(torch.ones(4, 3)))
 model.module.goes_on = False
 model(torch.ones(4, 3))
 """, 30)  # fmt: skip
@@ -247,16 +209,8 @@ class Net(Slow):
             return self.fc(x).sin()
         return jvp(function, (x,), (torch.ones_like(x),))[1]
 model = towers(Net(0), 3, max_concurrency=3)
-def interrupt():
-    for _ in range(2):
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
-threading.Thread(target=interrupt).start()
-try:
-    model(torch.ones(6, 3))
-    sys.exit("no interrupt")
-except KeyboardInterrupt:
-    pass
+interrupt_after(0.3, 0.3)
+expect_interrupt(lambda: model(torch.ones(6, 3)))
 model.module.goes_on = False
 assert model(torch.ones(6, 3)).shape == (6, 2)
 assert len([t for t in threading.enumerate() if t.name.startswith("torchtower tower")]) == 3, "the module ran alone"
