@@ -104,8 +104,6 @@ class Outside:
 
     def new(self) -> list[tuple[Slot, list[Tensor]]]:
         """Where tensors with a graph are that were not when this was to `remember`, and which."""
-        if not self._roots and not self._globals:  # nearly always
-            return []
         found = []
         for slot, tensors in self._kept():
             new = [tensor for tensor in tensors if self._before.get(id(tensor), _nothing)() is not tensor]
