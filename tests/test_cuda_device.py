@@ -6,6 +6,9 @@ TORCHTOWER_REQUIRE_CUDA=1 makes a missing device a failure.
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import textwrap
 from collections.abc import Sequence
 
 import pytest
@@ -197,3 +200,14 @@ def test_two_towers_on_one_gpu_give_the_plain_modules_gradients() -> None:
     for ours, theirs in zip(wrapped.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_the_first_to_multiply_matrices_may_be_a_tower() -> None:
+    program = """
+        import torch
+        from torchtower import TowerParallel
+        model = TowerParallel(torch.nn.Linear(3, 2).cuda(), device_ids=["cuda:0", "cuda:0"])
+        model(torch.ones(4, 3, device="cuda")).sum().backward()
+    """
+    done = subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,8 +10,8 @@ between devices order both devices' current streams themselves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -32,17 +32,24 @@ class Streams:
 
     def current(self) -> AbstractContextManager[None]:
         """Make them current in this thread; its current device stays."""
-        return self._made_current() if self._streams else nullcontext()
+        return _Current(self._streams) if self._streams else nullcontext()
 
-    @contextmanager
-    def _made_current(self) -> Iterator[None]:
-        index = torch.accelerator.current_device_index()
-        before = [torch.accelerator.current_stream(stream.device_index) for stream in self._streams]
-        _make_current(self._streams, index)
-        try:
-            yield
-        finally:
-            _make_current(before, index)
+
+class _Current(AbstractContextManager[None]):
+    """Some streams, current within."""
+
+    # No generator of `contextmanager`'s, which writes to an error's traceback on its way out: a frozen one refuses.
+
+    def __init__(self, streams: list[torch.Stream]) -> None:
+        self._streams = streams
+
+    def __enter__(self) -> None:
+        self._index = torch.accelerator.current_device_index()
+        self._before = [torch.accelerator.current_stream(stream.device_index) for stream in self._streams]
+        _make_current(self._streams, self._index)
+
+    def __exit__(self, *error: object) -> None:
+        _make_current(self._before, self._index)
 
 
 @functools.cache

@@ -194,6 +194,8 @@ def _work(
     torch.autograd.set_multithreading_enabled(False)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
+        # cuBLAS warns where it is the first in its thread to use a GPU that other threads have been using.
+        torch.zeros(1, device=device)
     ready.set()
     round_: Round | None = None
     # What breaks into a round may come when the job is done, here: the round is finished then, and one goes on. Twice,

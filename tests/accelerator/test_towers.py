@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -255,6 +256,34 @@ def test_every_tower_has_finished_when_an_error_comes_out() -> None:
     with pytest.raises(ArithmeticError):
         TowerParallel(Net(), device_ids=[0, 1])(rows(4))
     assert finished == [1]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Refuses whatever is written to it, also on its way through contexts."""
+
+    message: str
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_frozen_error_comes_out_as_it_is(where: str) -> None:
+    error = FrozenError("told to fail")
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            out.register_hook(lambda grad: self.fail("backward"))
+            self.fail("forward")
+            return out
+
+        def fail(self, here: str) -> None:
+            if here == where:
+                raise error
+
+    wrapped = TowerParallel(Net().double().to(device(0)), device_ids=[0, 1])
+    with pytest.raises(FrozenError) as caught:
+        wrapped(rows(4)).sum().backward()
+    assert caught.value is error
 
 
 def test_mixing_devices_in_a_forward_is_the_towers_error() -> None:
