@@ -6,9 +6,6 @@ TORCHTOWER_REQUIRE_CUDA=1 makes a missing device a failure.
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-import textwrap
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from tests import reference
+from tests.helpers import run_python
 from tests.test_ops import DTYPES, RULES, assert_close, flat, tower_grads
 from torchtower import TowerParallel, build_info, ops
 
@@ -203,11 +201,11 @@ def test_two_towers_on_one_gpu_give_the_plain_modules_gradients() -> None:
 
 
 def test_the_first_to_multiply_matrices_may_be_a_tower() -> None:
-    program = """
-        import torch
-        from torchtower import TowerParallel
-        model = TowerParallel(torch.nn.Linear(3, 2).cuda(), device_ids=["cuda:0", "cuda:0"])
-        model(torch.ones(4, 3, device="cuda")).sum().backward()
-    """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    done = run_python("""
+import warnings, torch
+from torchtower import TowerParallel
+warnings.simplefilter("error")
+model = TowerParallel(torch.nn.Linear(3, 2).cuda(), device_ids=["cuda:0", "cuda:0"])
+model(torch.ones(4, 3, device="cuda")).sum().backward()
+""")
     assert (done.returncode, done.stderr) == (0, "")
