@@ -30,7 +30,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, compress
+from itertools import chain, compress, repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
-from torchtower.local_backward import Root, leaves_of, local_backward, local_grad, requires_grad, root_of
+from torchtower.local_backward import NO_LEAF, Root, leaves_of, local_backward, local_grad, requires_grad, root_of
 from torchtower.node import Asked, connect
 from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.reduction import Grad
@@ -110,7 +111,7 @@ class Bridge:
     Args:
         family: the forward that it belongs to.
         in_ports: of its inputs.
-        local_inputs: tower-major leaves; None where a tower has none.
+        local_inputs: tower-major leaves; `NO_LEAF` where a tower has none.
         requires_grad: which of them the local graphs lead to.
     """
 
@@ -118,7 +119,7 @@ class Bridge:
         self,
         family: Family,
         in_ports: Ports,
-        local_inputs: list[list[Grad]],
+        local_inputs: list[list[Tensor]],
         requires_grad: list[list[bool]],
     ) -> None:
         self._family = family
@@ -139,11 +140,8 @@ class Bridge:
         """
         detached = [[part if part is None else without_graph(part) for part in tower] for tower in outputs]
         values = join(ports, detached, self._family.weights)
-        crossing = [
-            index
-            for index, value in enumerate(values)
-            if value is not None and any((part := tower[index]) is not None and part.requires_grad for tower in outputs)
-        ]
+        columns = enumerate(zip(*outputs, strict=True))
+        crossing = [i for i, parts in columns if any([part is not None and part.requires_grad for part in parts])]
         # A module may build a graph although its caller asks for none (``@torch.enable_grad()`` on its forward).
         if crossing and (
             torch.is_grad_enabled()
@@ -189,7 +187,8 @@ class Bridge:
             shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
             values[: len(parameters)] = join(ports, shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
             held.drop(compress(parameters, accumulated))
-        if without := [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]:
+        if any(map(is_, values, repeat(None))):
+            without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]
             spare_hooks(chain(without, leaves_of(without)))
         if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):
             family.aliases.forget()  # no graph has saved anything any more
@@ -257,16 +256,17 @@ class Bridge:
             [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
         ]
         jobs = [
-            partial(local_grad, [roots[i] for i in given], local, leaves, wanted, keep_graph=True)
-            for roots, local, leaves, wanted in zip(
+            partial(local_grad, [roots[i] for i in given], local, inputs, wanted, keep_graph=True)
+            for roots, local, inputs, wanted in zip(
                 self._alive(), cotangents, self._inputs, self._wanted(asked), strict=True
             )
         ]
+        leaves = [[NO_LEAF if part is None else part for part in tower] for tower in cotangents]
         second = Bridge(
             self._family,
             Ports([*self._in_ports.all, *[self._out_ports[i] for i in given]]),
-            [[*a, *b] for a, b in zip(self._inputs, cotangents, strict=True)],
-            [[*a, *requires_grad(b)] for a, b in zip(self._requires_grad, cotangents, strict=True)],
+            [[*a, *b] for a, b in zip(self._inputs, leaves, strict=True)],
+            [[*a, *requires_grad(b)] for a, b in zip(self._requires_grad, leaves, strict=True)],
         )
         local = self._family.plan.pool.run(jobs, weights=self._family.weights)
         return second.connect([*main_inputs, *main_grads], self._in_ports, local)

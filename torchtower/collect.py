@@ -107,12 +107,10 @@ class Sender:
         leaves: the tower's, in the order that the buckets' indices count in.
     """
 
-    def __init__(self, collection: Collection, tower: int, leaves: Sequence[Grad]) -> None:
+    def __init__(self, collection: Collection, tower: int, leaves: Sequence[Tensor]) -> None:
         self._collection = collection
         self._tower = tower
-        self._buckets = [
-            [leaf for index in bucket if (leaf := leaves[index]) is not None] for bucket in collection.buckets
-        ]
+        self._buckets = [[leaves[index] for index in bucket] for bucket in collection.buckets]
         self._bucket_of = {id(leaf): bucket for bucket, leaves in enumerate(self._buckets) for leaf in leaves}
         self._missing = [{id(leaf) for leaf in leaves} for leaves in self._buckets]
         self._handles: list[Any] = []

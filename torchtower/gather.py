@@ -83,14 +83,16 @@ def check_rows_fit(column: Column, dim: int) -> None:
             f"TowerParallel: expected {path} to have dimension {dim}, along which towers' outputs are joined, "
             f"but its shape is {tuple(first.shape)}"
         )
+    expected = _without(first, dim)
     for tower, part in enumerate(parts):
-        if part.dim() != first.dim() or (part.dim() and _without(part, dim) != _without(first, dim)):
+        if part is not first and (part.dim() != first.dim() or _without(part, dim) != expected):
             raise ValueError(_differ(path, f"of shape {tuple(first.shape)}", tower, f"of shape {tuple(part.shape)}"))
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:
     sizes = list(tensor.shape)
-    del sizes[dim]
+    if sizes:
+        del sizes[dim]
     return sizes
 
 
@@ -203,6 +205,6 @@ def _differ(path: str, expected: str, tower: int, got: str) -> str:
 
 def cat_rows(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Join the towers' rows; 0-d tensors become a vector with one element a tower, as nn.DataParallel's do."""
-    if all(part.dim() == 0 for part in parts):
+    if not any(map(Tensor.dim, parts)):
         return torch.stack(list(parts))
     return torch.cat(list(parts), dim)

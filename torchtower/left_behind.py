@@ -31,29 +31,31 @@ class LeftBehind:
         leaves: the shards' leaves, tower-major.
     """
 
-    def __init__(self, original: Original, replicas: Sequence[Replica], leaves: list[list[Grad]]) -> None:
+    def __init__(self, original: Original, replicas: Sequence[Replica], leaves: list[list[Tensor]]) -> None:
         self._original = original
         self._main = replicas[0]
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
+        self._tensors: list[tuple[int, Tensor]] = []  # that have a graph, and whose
+        if not self._written and not self._kept:  # nearly always
+            return
         self._known = _sources(self._main) if self._written else []
         known = {id(twin) for twin, _ in self._known}
-        self._tensors = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
+        self._tensors += [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
         self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
 
-    def ports(self) -> list[Port]:
-        """Of the tensors that have a graph."""
-        return [Port("solo", tensor.device, tower=tower) for tower, tensor in self._tensors]
-
-    def outputs_of(self, tower: int) -> list[Grad]:
-        """These tensors, None where another tower's."""
-        return [tensor if owner == tower else None for owner, tensor in self._tensors]
+    def columns(self, num_towers: int) -> list[tuple[Port, list[Grad]]]:
+        """Of each tensor that has a graph how it crosses the bridge, and what each tower has there."""
+        return [
+            (Port("solo", tensor.device, tower=owner), [tensor if t == owner else None for t in range(num_towers)])
+            for owner, tensor in self._tensors
+        ]
 
     def put(self, values: Sequence[Grad]) -> list[nn.Module]:
         """Put everything where the user finds it.
 
         Args:
-            values: what the tensors of `ports` are in the user's graph.
+            values: what the tensors of `columns` are in the user's graph.
 
         Returns:
             The modules that were written to.
@@ -103,7 +105,7 @@ def _write_to_original(main: Replica, written: list[Written], connected: list[tu
 
 
 def _kept_outside(
-    original: Original, replicas: Sequence[Replica], leaves: list[list[Grad]]
+    original: Original, replicas: Sequence[Replica], leaves: list[list[Tensor]]
 ) -> list[tuple[Slot, int, list[Tensor]]]:
     """What hooks have kept outside of the module: where, of which tower, which tensors."""
     found = original.outside.new()

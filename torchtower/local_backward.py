@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torchtower.collect import Sender
 from torchtower.reduction import Grad
 
 _engine: Any = torch.autograd.Variable._execution_engine
+# Stands where a tower has no leaf: nothing ever goes backward to it.
+NO_LEAF = torch.empty(0)
 
 
 class Root(NamedTuple):
@@ -32,7 +35,7 @@ def root_of(output: Grad) -> Root | None:
 def local_backward(
     roots: Sequence[Root | None],
     grads: Sequence[Grad],
-    leaves: Sequence[Grad],
+    leaves: Sequence[Tensor],
     wanted: Sequence[bool],
     keep_graph: bool,
     sender: Sender | None,
@@ -60,11 +63,10 @@ def local_backward(
             sender.watch()
         # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
         _engine.run_backward(edges, given, keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
-        return [None if leaf is None else leaf.grad for leaf in leaves]
+        return list(map(attrgetter("grad"), leaves))
     finally:
         for leaf in leaves:
-            if leaf is not None:
-                leaf.grad = None
+            leaf.grad = None
         if sender is not None:
             sender.stop()
         _set_requires_grad(leaves, wanted, now)
@@ -73,7 +75,7 @@ def local_backward(
 def local_grad(
     roots: Sequence[Root | None],
     grads: Sequence[Grad],
-    leaves: Sequence[Grad],
+    leaves: Sequence[Tensor],
     wanted: Sequence[bool],
     keep_graph: bool,
 ) -> list[Grad]:
@@ -91,7 +93,7 @@ def local_grad(
     """
     results: list[Grad] = [None] * len(leaves)
     edges, given = _given(roots, grads)
-    inputs = {i: leaf for i, (leaf, flag) in enumerate(zip(leaves, wanted, strict=True)) if flag and leaf is not None}
+    inputs = {i: leaf for i, (leaf, flag) in enumerate(zip(leaves, wanted, strict=True)) if flag}
     if edges and inputs:
         now = requires_grad(leaves)
         flags = [flag or before for flag, before in zip(wanted, now, strict=True)]
@@ -188,15 +190,15 @@ def _is_leaf(node: Any) -> bool:
     return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
 
 
-def requires_grad(leaves: Sequence[Grad]) -> list[bool]:
-    """Of each leaf whether it does now; False where there is none."""
-    return [leaf is not None and leaf.requires_grad for leaf in leaves]
+def requires_grad(leaves: Iterable[Tensor]) -> list[bool]:
+    """Of each leaf whether it does now."""
+    return list(map(attrgetter("requires_grad"), leaves))
 
 
-def _set_requires_grad(leaves: Sequence[Grad], before: Sequence[bool], after: Sequence[bool]) -> None:
+def _set_requires_grad(leaves: Sequence[Tensor], before: Sequence[bool], after: Sequence[bool]) -> None:
     """Let leaves require gradients as told: the user may have frozen or thawed parameters since the forward."""
     if before == after:  # nearly always
         return
     for leaf, old, new in zip(leaves, before, after, strict=True):
-        if leaf is not None and old is not new:
+        if old is not new:
             leaf.requires_grad_(new)

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
+from itertools import chain
 from operator import is_
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from torchtower.parts import is_record
 
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor of a nested structure, in the order in which `map_tensors` meets them."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for child in children_of(value) or () for tensor in tensors_in(child)]
+    return list(chain.from_iterable(map(tensors_in, children_of(value) or ())))
 
 
 def map_tensors(
@@ -40,7 +43,9 @@ def map_tensors(
     if isinstance(value, Tensor):
         return function(value)
     if type(value) is tuple and value:  # most batches are made of these and tensors alone
-        return tuple([map_tensors(function, child, of_empty) for child in value])
+        return tuple(
+            [function(v) if isinstance(v, Tensor) else map_tensors(function, v, of_empty) for v in value],
+        )
     children = children_of(value)
     if not children:
         return value if children is None else of_empty(value)
@@ -49,10 +54,13 @@ def map_tensors(
 
 def children_of(value: Any) -> list[Any] | None:
     """The values in a container; None for whatever is no container."""
-    if type(value) in (tuple, list):  # of most batches nothing else is asked
+    kind = type(value)
+    if kind is tuple or kind is list:  # of most batches nothing else is asked
         return list(value)
-    if type(value) is dict:
+    if kind is dict:
         return list(value.values())
+    if kind in _PLAIN:
+        return None
     if isinstance(value, PackedSequence):
         raise ValueError(
             "TowerParallel: expected tensors that can be split by rows, but got a PackedSequence; "

@@ -38,8 +38,12 @@ def connect(
         inputs: of the node.
         values: which become its outputs.
     """
-    apply: Any = _BridgeNode.apply if torch.is_grad_enabled() else torch.enable_grad()(_BridgeNode.apply)
-    connected: tuple[Tensor, ...] = apply(backward, values, _ticket, *inputs)
+    connected: tuple[Tensor, ...]
+    if torch.is_grad_enabled():
+        connected = _apply(backward, values, _ticket, *inputs)
+    else:
+        with torch.enable_grad():
+            connected = _apply(backward, values, _ticket, *inputs)
     return connected
 
 
@@ -59,6 +63,10 @@ class _BridgeNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
         return (None, None, None, *ctx.to_inputs(ctx.inputs, Asked(ctx), grads))
+
+
+# Without what `torch.autograd.Function.apply` does for functorch's transforms, within which no towers run.
+_apply: Any = super(torch.autograd.Function, _BridgeNode).apply
 
 
 class Asked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ class Original:
         # In place a tensor is made one to be trained or given a graph, and detached.
         graphs = [graph for reference in self._graphs if (graph := reference()) is not None]
         turned = any(b.requires_grad for b in self.buffers) or not all(g.requires_grad for g in graphs)
-        flags = [parameter.requires_grad for parameter in self.parameters]
+        flags = map(attrgetter("requires_grad"), self.parameters)
         return [turned, *classes, *scripted, *flags, *memory_of(self.parameters)]
 
 

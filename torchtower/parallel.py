@@ -157,7 +157,7 @@ class TowerParallel(Steps[Module]):
         return run(inputs, kwargs)
 
     def _forward_on_towers(self, inputs: Any, kwargs: Any) -> Any:
-        shards = Shards((inputs, kwargs), self.num_towers, self.dim)
+        shards = Shards((inputs, kwargs or None), self.num_towers, self.dim)
         with self._lock:
             return self._gather(self._running().run(_call_module, shards))
 
@@ -168,15 +168,15 @@ class TowerParallel(Steps[Module]):
             for column in columns:
                 check_rows_fit(column, self.dim)
             ports = [self._output_port(parts) for _, parts in columns]
-            towers: list[list[Grad]] = [[parts[tower] for _, parts in columns] for tower in range(len(result.rows))]
-            return result.connect([1.0] * len(towers), ports, towers)
+            rows = zip(*[parts for _, parts in columns], strict=True) if columns else [()] * len(result.rows)
+            return result.connect([1.0] * len(result.rows), ports, list(map(list, rows)))
 
         return gather_structure(result.outputs, join)
 
     def _output_port(self, parts: list[Tensor]) -> Port:
         if parts[0].dim() == 0:
             return Port("rows", self.output_device)
-        sizes = tuple(part.shape[self.dim] for part in parts)
+        sizes = tuple([part.shape[self.dim] for part in parts])
         return Port("rows", self.output_device, sizes, self.dim)
 
     def tower_loss(self, loss_fn: Callable[..., Any], *batch: Any, **kwargs: Any) -> Tensor:
@@ -233,10 +233,11 @@ class TowerParallel(Steps[Module]):
         return mean
 
     def _tower_loss_on_towers(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
-        shards = Shards((batch, kwargs), self.num_towers, self.dim)
+        shards = Shards((batch, kwargs or None), self.num_towers, self.dim)
 
         def call(replica: nn.Module, shard: Any) -> Any:
-            return loss_fn(replica, *shard[0], **shard[1])
+            own, named = shard
+            return loss_fn(replica, *own, **named) if named else loss_fn(replica, *own)
 
         with self._lock:
             towers = self._running()
@@ -377,7 +378,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def _call_module(replica: nn.Module, shard: Any) -> Any:
-    return replica(*shard[0], **shard[1])
+    inputs, kwargs = shard
+    return replica(*inputs, **kwargs) if kwargs else replica(*inputs)
 
 
 def _check_kernels(devices: Sequence[torch.device]) -> None:

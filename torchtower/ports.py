@@ -53,6 +53,7 @@ class Ports:
     def __init__(self, ports: Sequence[Port]) -> None:
         self.all = ports
         self.shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
+        self.devices = [ports[index].device for index in self.shared]
         self.others = [(index, port) for index, port in enumerate(ports) if port.kind != "shared"]
 
 
@@ -71,12 +72,14 @@ def join(
         weights: of the towers.
         in_place: the towers' values are nobody else's and may be written to.
     """
+    if ports.shared and not ports.others:
+        return _join_shared(ports.devices, local_values, weights, in_place)
     results: list[Grad] = [None] * len(ports.all)
     if ports.shared:  # a call for nothing costs as much as joining a small output
-        shared = [[tower[index] for index in ports.shared] for tower in local_values] if ports.others else local_values
-        sums = weighted_sum(shared, weights, in_place=in_place)
+        shared = [[tower[index] for index in ports.shared] for tower in local_values]
+        sums = _join_shared(ports.devices, shared, weights, in_place)
         for index, total in zip(ports.shared, sums, strict=True):
-            results[index] = None if total is None else move(total, ports.all[index].device)
+            results[index] = total
     for index, port in ports.others:
         if port.kind == "rows":
             results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
@@ -88,6 +91,16 @@ def join(
 def without_graph(tensor: Tensor) -> Tensor:
     """The tensor, detached where it needs to be; that it is not elsewhere lets batched gradients through."""
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def _join_shared(
+    devices: list[torch.device], local_values: list[list[Grad]], weights: list[float], in_place: bool
+) -> list[Grad]:
+    sums = weighted_sum(local_values, weights, in_place=in_place)
+    return [
+        total if total is None or total.device == device else move(total, device)
+        for total, device in zip(sums, devices, strict=True)
+    ]
 
 
 def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:

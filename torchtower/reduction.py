@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _are_plain(grads: Sequence[Any]) -> bool:
     """Whether all gradients are there, dense and on one device: the usual case, told at the cost of a look at each."""
     return (
         _PLAIN.issuperset(map(type, grads))
-        and len(places := {(grad.layout, grad.device) for grad in grads}) <= 1
+        and len(places := set(map(attrgetter("layout", "device"), grads))) <= 1
         and all(layout is torch.strided for layout, _ in places)
         and not _have_zeros(grads)
     )

@@ -5,7 +5,8 @@ Laid out in flat buckets of one dtype, so that bringing a replica up to date tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,9 +24,15 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def memory_of(tensors: Iterable[Tensor]) -> list[Any]:
+def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Of each tensor where it lies."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def memory_of(tensors: Sequence[Tensor]) -> list[Any]:
     """Of each tensor where it lies and how: ``.to()`` and ``p.data = ...`` move what it holds and keep the object."""
-    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+    kinds = map(attrgetter("shape", "dtype"), tensors)
+    return list(zip(addresses_of(tensors), map(Tensor.stride, tensors), kinds, strict=True))
 
 
 class RemoteStorage:

@@ -29,7 +29,7 @@ from torchtower.local_backward import writable
 from torchtower.node import is_connected
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.places import Place, Written, places_of
-from torchtower.remote import RemoteStorage, copy_together, memory_of, version_of
+from torchtower.remote import RemoteStorage, addresses_of, copy_together, memory_of, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
 
@@ -136,12 +136,12 @@ class Replica:
             leaves.append(leaf)
         self._memory = memory
         self._storages = storages
-        self._addresses = [leaf.data_ptr() for leaf in leaves]
+        self._addresses = addresses_of(leaves)
         return leaves
 
     def moved_leaves(self) -> list[int]:
         """Indices of leaves that a forward has given other data (``self.weight.data = ...``)."""
-        addresses = [leaf.data_ptr() for leaf in self.leaves]
+        addresses = addresses_of(self.leaves)
         if addresses == self._addresses:
             return []
         return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
@@ -150,7 +150,7 @@ class Replica:
         """Let every leaf have the storage again that follows the original's parameter."""
         for index in self.moved_leaves():
             self.leaves[index].data = self._storages[index].detach()
-        self._addresses = [leaf.data_ptr() for leaf in self.leaves]
+        self._addresses = addresses_of(self.leaves)
 
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""

@@ -95,7 +95,7 @@ class Round:
         self, inboxes: Sequence[SimpleQueue[Any]], job: Callable[[int], Any], weights: Sequence[float] | None
     ) -> None:
         self.weights = weights
-        self.results: dict[int, Any] = {}
+        self.results: list[Any] = [None] * len(inboxes)
         self.errors: dict[int, BaseException] = {}
         self.has_met = False  # whether the towers have exchanged anything
         self._inboxes = inboxes
@@ -163,10 +163,10 @@ class Round:
                 arrival.gate.put(arrival.answer)
                 arrival.went_on = True
                 working += 1
-        while working < max_concurrency and self._num_started < len(self._inboxes):
-            self._inboxes[self._num_started].put(self)
+        begin = self._num_started
+        for inbox in self._inboxes[begin : begin + max(0, max_concurrency - working)]:
+            inbox.put(self)
             self._num_started += 1
-            working += 1
 
     def _waiting(self) -> list[_Arrival]:
         """Those at their gates in tower order, with an answer where there is one by now."""

@@ -63,5 +63,7 @@ def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
 
 def size_along(tensor: Tensor, dim: int) -> int:
     """How many rows ``tensor`` has along ``dim``; -1 where it has no such dimension."""
-    shape = tensor.shape
-    return shape[dim] if -len(shape) <= dim < len(shape) else -1
+    try:
+        return tensor.shape[dim]
+    except IndexError:
+        return -1

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import MutableMapping
-from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchtower.devices import move
-from torchtower.local_backward import is_untouched, writable
+from torchtower.local_backward import NO_LEAF, is_untouched, writable
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.ports import Port
 from torchtower.scatter import Splits, plan_splits
@@ -46,7 +46,7 @@ class Shards:
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
         self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
         self._handed: list[dict[int, Tensor]] = [{} for _ in self.splits.rows]  # what needs gradients, by its port
-        self._empty: list[list[tuple[Any, Any]]] = [[] for _ in self.splits.rows]  # the batch's, and the tower's own
+        self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
                 parts = self.splits.parts(tensor)
@@ -64,13 +64,13 @@ class Shards:
             sizes = tuple(part.shape[dim] for part in parts)
             self.ports.append(Port("rows", tensor.device, sizes, dim))
 
-    def take(self, tower: int, device: torch.device) -> tuple[Any, list[Tensor | None]]:
+    def take(self, tower: int, device: torch.device) -> tuple[Any, list[Tensor]]:
         """Tower ``tower``'s shard on its device.
 
         Returns:
             The shard, and its leaves in the order of `ports`.
         """
-        leaves: list[Tensor | None] = [None] * len(self.ports)
+        leaves = [NO_LEAF] * len(self.ports)
         taken: dict[int, Tensor] = {}
 
         def take_tensor(tensor: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Shards:
             if not isinstance(container, (list, dict, MutableMapping)):
                 return container
             own = copy.copy(container)
-            self._empty[tower].append((container, own))
+            self._empty.setdefault(tower, []).append((container, own))
             return own
 
         return map_tensors(take_tensor, self._batch, take_empty), leaves
@@ -126,8 +126,8 @@ class Shards:
 
     def pass_on_contents(self) -> None:
         """Put what a forward has put into empty lists and dicts of the batch into the caller's, in tower order."""
-        for container, own in chain.from_iterable(self._empty):
-            if own:
+        for _, pairs in sorted(self._empty.items()):
+            for container, own in filter(itemgetter(1), pairs):
                 (container.update if isinstance(container, MutableMapping) else container.extend)(own)
 
     def pass_on_writes(self) -> None:

@@ -24,11 +24,10 @@ class Streams:
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._streams = [torch.accelerator.current_stream(index) for index in _indices(tuple(devices))]
+        self._streams = list(map(torch.accelerator.current_stream, _indices(tuple(devices))))
 
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._streams)
+    def __len__(self) -> int:
+        return len(self._streams)
 
     def current(self) -> AbstractContextManager[None]:
         """Make them current in this thread; its current device stays."""

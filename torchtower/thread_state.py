@@ -72,23 +72,24 @@ class ThreadState:
         self._streams = Streams(devices)
         self._grad_enabled = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
-        self._autocasts = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in _device_types(tuple(devices))
-        ]
+        kinds = _device_types(tuple(devices))
+        self._autocasts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
         self._autocast_cache = torch.is_autocast_cache_enabled()
-        self._function_modes = list(map(_C._get_function_stack_at, range(_C._len_torch_function_stack())))
-        self._dispatch_modes = list(map(_C._get_dispatch_stack_at, range(_C._len_torch_dispatch_stack())))
+        num_modes, num_dispatch_modes = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
+        self._function_modes = list(map(_C._get_function_stack_at, range(num_modes))) if num_modes else ()
+        self._dispatch_modes = (
+            list(map(_C._get_dispatch_stack_at, range(num_dispatch_modes))) if num_dispatch_modes else ()
+        )
         self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
         self._hooks_disabled = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self._context = contextvars.copy_context()
         # Most callers have none of these.
-        self._has_contexts = (
+        self._has_contexts = bool(
             self._inference
-            or bool(self._streams)
-            or bool(self._function_modes)
-            or bool(self._dispatch_modes)
-            or self._saved_tensor_hooks is not None
+            or self._streams
+            or self._function_modes
+            or self._dispatch_modes
+            or self._saved_tensor_hooks
             or self._hooks_disabled is not None
         )
 

@@ -90,7 +90,7 @@ class Towers:
         """Run ``call`` on every shard, each in its tower's thread, and take over what the main tower wrote."""
         self.pool.share_out_cores()
         self._follow()
-        taken: list[list[Grad]] = [[] for _ in shards.splits.rows]
+        taken: list[list[Tensor]] = [[] for _ in shards.splits.rows]
 
         def job_of(tower: int) -> Callable[[], Any]:
             replica = self._replicas[tower]
@@ -138,8 +138,8 @@ class Towers:
         """Freeze and thaw the parameters that the main tower's forward has frozen and thawed."""
         parameters = self._original.parameters
         leaves = self._replicas[0].leaves
-        now = list(map(attrgetter("requires_grad"), leaves))
-        if now != list(map(attrgetter("requires_grad"), parameters)):
+        now = requires_grad(leaves)
+        if now != requires_grad(parameters):
             for parameter, leaf, flag in zip(parameters, leaves, now, strict=True):
                 if not leaf.is_inference():  # which can have no flag
                     parameter.requires_grad_(flag)
@@ -225,7 +225,7 @@ class Towers:
         self,
         shards: Shards,
         weights: list[float],
-        leaves: list[list[Grad]],
+        leaves: list[list[Tensor]],
         out_ports: Sequence[Port],
         outputs: list[list[Grad]],
     ) -> list[Grad]:
@@ -233,11 +233,9 @@ class Towers:
         left_behind = LeftBehind(self._original, self._replicas, leaves)
         # Rows that are weighted on the way back would be the user's only in part.
         overwritten = shards.overwritten() if set(weights) == {1.0} else []
-        ports = [*out_ports, *left_behind.ports(), *[shards.ports[index] for index, _ in overwritten]]
-        local_outputs: list[list[Grad]] = [
-            [*own, *left_behind.outputs_of(tower), *[parts[tower] for _, parts in overwritten]]
-            for tower, own in enumerate(outputs)
-        ]
+        more = left_behind.columns(len(outputs)) + [(shards.ports[index], parts) for index, parts in overwritten]
+        ports = [*out_ports, *[port for port, _ in more]]
+        local_outputs = [[*own, *[parts[tower] for _, parts in more]] for tower, own in enumerate(outputs)]
         main_inputs = list(shards.main_inputs)
         for index, _ in overwritten:  # the bridge keeps hold of what they were
             main_inputs[index] = writable(main_inputs[index])
@@ -259,18 +257,19 @@ class Towers:
         self._written_to += left_behind.put(values[begin:end])
         return values[:begin]
 
-    def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Grad]]]:
+    def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Tensor]]]:
         """The tensors with a graph, in attributes, that some tower has used; and their leaves, tower-major."""
-        rows = list(zip(*[replica.links() for replica in self._replicas[: len(local_outputs)]], strict=True))
-        if not rows:
-            return [], [[] for _ in local_outputs]
+        replicas = self._replicas[: len(local_outputs)]
+        if not replicas[0].links():  # nearly always
+            return [], [[]] * len(replicas)
+        rows = list(zip(*[replica.links() for replica in replicas], strict=True))
         reached = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
         used = [
             (source, [link.leaf for link in row])
             for row in rows
             if any(id(link.leaf) in reached for link in row) and (source := row[0].source()) is not None
         ]
-        leaves: list[list[Grad]] = [[column[tower] for _, column in used] for tower in range(len(local_outputs))]
+        leaves: list[list[Tensor]] = [[column[tower] for _, column in used] for tower in range(len(local_outputs))]
         return [source for source, _ in used], leaves
 
     def _on_backward(self) -> None:
@@ -288,7 +287,7 @@ class ForwardResult:
         leaves: the shards' leaves, tower-major.
     """
 
-    def __init__(self, towers: Towers, shards: Shards, outputs: list[Any], leaves: list[list[Grad]]) -> None:
+    def __init__(self, towers: Towers, shards: Shards, outputs: list[Any], leaves: list[list[Tensor]]) -> None:
         self._towers = towers
         self._shards = shards
         self.outputs = outputs

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any
 
@@ -97,7 +98,7 @@ class TowerPool:
 
         self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
         try:
-            inboxes = [thread.inbox for thread in self._started()[: len(jobs)]]
+            inboxes = list(map(attrgetter("inbox"), self._started()[: len(jobs)]))
             if self._last_round_s > _LONG_ROUND_S:
                 _send_team_home()
             began_s = time.perf_counter()
@@ -119,7 +120,7 @@ class TowerPool:
                 raise error
             finally:  # its traceback holds this frame: a cycle would keep what the towers' frames hold
                 del error, interrupt
-        return [round_.results[tower] for tower in range(len(jobs))]
+        return round_.results
 
     def tower_here(self) -> int | None:
         """The index of the tower whose thread this is, if it is one of this pool's."""
