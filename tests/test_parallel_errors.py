@@ -427,6 +427,21 @@ def test_an_error_that_nothing_can_be_added_to_is_raised_as_it_is(error: Excepti
     assert not done.is_alive()
 
 
+def test_a_sparse_parameter_is_refused_and_a_sparse_buffer_is_not() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.weight, x.T).T
+
+    net, weight = Net().double(), torch.eye(3).double().to_sparse()
+    net.weight = nn.Parameter(weight)
+    with pytest.raises(ValueError, match="expected dense parameters, but got one of layout torch.sparse_coo"):
+        wrap(net, 2)(batch(4))
+    assert torch.equal(wrap(net, 1)(batch(4)), batch(4))
+    del net.weight
+    net.register_buffer("weight", weight)
+    assert torch.equal(wrap(net, 2)(batch(4)), batch(4))
+
+
 def test_a_module_on_another_device_is_refused_at_every_call() -> None:
     wrapped = wrap(nn.Linear(3, 2), 2)
     wrapped(torch.ones(4, 3))

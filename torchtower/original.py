@@ -78,7 +78,11 @@ class Original:
         self.discover()
 
     def discover(self) -> None:
-        """Walk the module anew."""
+        """Walk the module anew.
+
+        Raises:
+            ValueError: a lazy or a sparse parameter.
+        """
         self.modules: list[nn.Module] = []
         self.containers: dict[int, list[Any]] = {}  # of each module, by its id
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
@@ -105,6 +109,12 @@ class Original:
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
         self.parameters = list(parameters.values())
+        for parameter in self.parameters:
+            if parameter.layout is not torch.strided:
+                raise ValueError(
+                    f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train a dense "
+                    "one, or make it a buffer"
+                )
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
         self.outside = Outside(self.modules)
