@@ -43,9 +43,7 @@ def map_tensors(
     if isinstance(value, Tensor):
         return function(value)
     if type(value) is tuple and value:  # most batches are made of these and tensors alone
-        return tuple(
-            [function(v) if isinstance(v, Tensor) else map_tensors(function, v, of_empty) for v in value],
-        )
+        return tuple([function(v) if isinstance(v, Tensor) else map_tensors(function, v, of_empty) for v in value])
     children = children_of(value)
     if not children:
         return value if children is None else of_empty(value)

@@ -75,11 +75,8 @@ class ThreadState:
         kinds = _device_types(tuple(devices))
         self._autocasts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
         self._autocast_cache = torch.is_autocast_cache_enabled()
-        num_modes, num_dispatch_modes = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
-        self._function_modes = list(map(_C._get_function_stack_at, range(num_modes))) if num_modes else ()
-        self._dispatch_modes = (
-            list(map(_C._get_dispatch_stack_at, range(num_dispatch_modes))) if num_dispatch_modes else ()
-        )
+        self._function_modes = list(map(_C._get_function_stack_at, range(_C._len_torch_function_stack())))
+        self._dispatch_modes = list(map(_C._get_dispatch_stack_at, range(_C._len_torch_dispatch_stack())))
         self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
         self._hooks_disabled = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self._context = contextvars.copy_context()
