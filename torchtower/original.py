@@ -112,8 +112,8 @@ class Original:
         for parameter in self.parameters:
             if parameter.layout is not torch.strided:
                 raise ValueError(
-                    f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train a dense "
-                    "one, or make it a buffer"
+                    f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train "
+                    "a dense one, or make it a buffer"
                 )
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
