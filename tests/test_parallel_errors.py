@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers import SEVERAL, assert_go_backward_alike, assert_same_gradients, batch, mlp, twins, wrap
-from tests.modules import calling
+from tests.modules import OneLayer, calling
 from torchtower import TowerParallel, current_tower
 
 
@@ -171,6 +171,35 @@ def test_errors_do_not_keep_the_users_tensors_alive() -> None:
     del x
     gc.collect()
     assert alive() is None
+
+
+def test_what_a_failed_backward_has_not_come_to_is_dropped() -> None:
+    contexts = []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            contexts.append(weakref.ref(ctx))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            last = self.fc(Noted.apply(x)), self.fc(x)
+            last[1].register_hook(fail)
+            return last[0] + last[1]
+
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError
+
+    wrapped = wrap(Net().double(), 3)
+    with pytest.raises(ArithmeticError):
+        wrapped(batch(6, requires_grad=True)).sum().backward()
+    gc.collect()
+    assert len(contexts) == 3 and not any(context() for context in contexts)
 
 
 def test_one_tower_raises_the_modules_own_error() -> None:

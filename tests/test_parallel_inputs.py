@@ -24,6 +24,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import OneLayer
 
 Pair = namedtuple("Pair", "left right")
 
@@ -310,6 +311,33 @@ def test_another_dimension_can_be_split_and_gathered(dim: int) -> None:
 
     plain, wrapped = twins(Net(), 3, dim=dim)
     assert_go_backward_alike(plain, wrapped, batch(3, 7, requires_grad=True))
+
+
+def test_what_has_no_rows_to_split_needs_no_dimension_to_join_along() -> None:
+    plain, wrapped = twins(nn.Linear(3, 2), 3, dim=1)
+    assert_go_backward_alike(plain, wrapped, batch(1)[0].requires_grad_())
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_an_input_that_no_gradient_comes_to_has_none(num_towers: int) -> None:
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sign()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(Sign.apply(x))
+
+    before = nn.Parameter(torch.ones(3).double())
+    leaf = batch(8, requires_grad=True)
+    wrapped = wrap(Net().double(), num_towers)
+    (wrapped(leaf).sum() + wrapped(batch(8) * before).sum()).backward()
+    assert leaf.grad is None and before.grad is None and wrapped.module.fc.weight.grad is not None
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

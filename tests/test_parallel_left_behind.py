@@ -481,3 +481,22 @@ def test_what_a_failing_backward_has_assigned_is_kept_as_in_the_plain_module() -
         net(batch(8)).sum().backward()
         assert inner.seen == 2
     assert_close(wrapped.module.gradient, plain.gradient[:4])
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_forward_that_raises_has_left_is_kept_as_in_the_plain_module(num_towers: int) -> None:
+    def stop(module: nn.Module, args: Any, out: Tensor) -> None:
+        module.feature = out.detach()
+        raise StopIteration("far enough")
+
+    plain, wrapped = twins(nn.Sequential(Counting(), nn.Linear(2, 2)), num_towers)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        for calls in (1, 2):
+            handle = inner[1].register_forward_hook(stop)
+            with pytest.raises(StopIteration):
+                net(batch(8))
+            handle.remove()
+            assert (inner[0].calls, inner[0].in_place, inner[0].assigned, len(inner[0].log)) == (calls,) * 4
+    rows = len(wrapped.module[1].feature)
+    assert_close(wrapped.module[1].feature, plain[1].feature[:rows])
+    assert_close(wrapped(batch(8)), plain(batch(8)))

@@ -249,12 +249,25 @@ def test_within_no_sync_no_gradient_reaches_the_parameters() -> None:
     assert all(p.grad is not None for p in wrapped.parameters())
 
 
-def test_zero_grad_forgets_what_no_sync_kept() -> None:
+@pytest.mark.parametrize("of", ["the wrapper", "its module", "what contains it"])
+def test_zero_grad_forgets_what_no_sync_kept(of: str) -> None:
     plain, wrapped = twins(mlp(), 2)
     with wrapped.no_sync():
         wrapped(batch(4)).sum().backward()
-    wrapped.zero_grad()
+    {"the wrapper": wrapped, "its module": wrapped.module, "what contains it": nn.Sequential(wrapped)}[of].zero_grad()
     assert_go_backward_alike(plain, wrapped, batch(7))
+
+
+def test_zero_grad_of_a_part_forgets_that_part() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    plain(batch(4)).sum().backward()
+    with wrapped.no_sync():
+        wrapped(batch(4)).sum().backward()
+    for net in (plain, wrapped.module):
+        net[0].zero_grad()
+    for net in (plain, wrapped):
+        net(batch(7)).sum().backward()
+    assert_same_gradients(wrapped, plain)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])

@@ -138,6 +138,8 @@ class Bridge:
             ports: of the outputs.
             outputs: tower-major; None where a tower has no such output.
         """
+        if self._family.streams and any(_is_on_cpu(part) for tower in outputs for part in tower):
+            self._family.streams.synchronize()  # it may be on its way there still
         detached = [[part if part is None else without_graph(part) for part in tower] for tower in outputs]
         values = join(ports, detached, self._family.weights)
         columns = enumerate(zip(*outputs, strict=True))
@@ -282,6 +284,10 @@ class Bridge:
     def free(self) -> None:
         """Let go of the local graphs."""
         self._roots = None
+
+
+def _is_on_cpu(part: Grad) -> bool:
+    return part is not None and part.device.type == "cpu"
 
 
 def _at(part: Grad, root: Root | None) -> Grad:

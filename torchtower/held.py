@@ -1,7 +1,7 @@
 """Gradients kept back by ``no_sync``: accumulated in each tower, reduced with the next synchronised backward.
 
-As in DistributedDataParallel, where they would be in ``p.grad``, an optimizer's ``zero_grad`` drops them. torch has no
-hook for that, so that from the first one kept the method itself tells.
+As in DistributedDataParallel, where they would be in ``p.grad``, the ``zero_grad`` of an optimizer or a module drops
+them. torch has no hook for that, so that from the first one kept the methods themselves tell.
 
 Kept and given out are those alone that the engine is about to accumulate into a parameter: who asks for gradients with
 ``torch.autograd.grad``, or of other inputs, gets what belongs to his own backward and leaves the rest as it is.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtower.reduction import Grad
 
@@ -83,28 +84,28 @@ class HeldGradients:
             for held in self._towers:
                 held.pop(id(parameter), None)
 
-    def drop_all(self) -> None:
-        """Forget what is kept."""
-        self._towers = []
-        self._parameters = {}
-
 
 _all: weakref.WeakSet[HeldGradients] = weakref.WeakSet()
 
 
 @functools.cache
 def _hear_of_zero_grad() -> None:
-    """Let every optimizer's ``zero_grad`` drop what is kept of its parameters, from now on, in the whole process."""
-    zero_grad = torch.optim.Optimizer.zero_grad
+    """Let every ``zero_grad`` drop what is kept of the parameters in question, from now on, in the whole process."""
+    _let_drop(torch.optim.Optimizer, lambda self: chain.from_iterable(group["params"] for group in self.param_groups))
+    _let_drop(nn.Module, nn.Module.parameters)
+
+
+def _let_drop(kind: Any, parameters_of: Callable[[Any], Iterable[Tensor]]) -> None:
+    zero_grad = kind.zero_grad
 
     @functools.wraps(zero_grad)
-    def zero_grad_and_drop(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+    def zero_grad_and_drop(self: Any, set_to_none: bool = True) -> None:
         zero_grad(self, set_to_none)
         for held in list(_all):
             if held:
-                held.drop(chain.from_iterable(group["params"] for group in self.param_groups))
+                held.drop(parameters_of(self))
 
-    torch.optim.Optimizer.zero_grad = zero_grad_and_drop  # type: ignore[method-assign]
+    kind.zero_grad = zero_grad_and_drop
 
 
 def _like(parameter: Tensor, grad: Grad) -> Grad:

@@ -72,8 +72,10 @@ class LeftBehind:
         return modules
 
 
-def keep_what_backward_wrote(main: Replica) -> list[nn.Module]:
-    """Take over what hooks of the main tower have assigned in a backward, but for what has a graph of the tower's.
+def keep_what_was_assigned(main: Replica) -> list[nn.Module]:
+    """Take over what the main tower has assigned in a backward's hooks, or in a forward that raised.
+
+    But for what has a graph of the tower's.
 
     Nothing is taken for seen here: the user may have changed something, too, since the forward.
 

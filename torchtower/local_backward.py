@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torchtower.collect import Sender
 from torchtower.reduction import Grad
 
+_local = threading.local()
 _engine: Any = torch.autograd.Variable._execution_engine
 # Stands where a tower has no leaf: nothing ever goes backward to it.
 NO_LEAF = torch.empty(0)
@@ -70,6 +72,23 @@ def local_backward(
         if sender is not None:
             sender.stop()
         _set_requires_grad(leaves, wanted, now)
+
+
+def make_last_node() -> None:
+    """In a thread that has made no graph yet, make the node that `empty_queue` goes to."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.zeros((), requires_grad=True)
+        _local.last = leaf.clone(), leaf
+
+
+def empty_queue() -> None:
+    """Drop what a failed backward has left in the queue that the engine keeps for this thread.
+
+    It would hold a graph's memory until the next backward, and a thread that ends lets go of it when Python is through
+    with the thread: a process that is just ending would abort.
+    """
+    # The engine goes from the newest nodes to the oldest, and throws away whatever it meets of backwards that failed.
+    torch.autograd.grad(*_local.last, retain_graph=True)
 
 
 def local_grad(
@@ -135,10 +154,11 @@ def is_untouched(tensor: Tensor) -> bool:
 class _Writable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # where no gradient comes, there is none
         return leaf.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Grad) -> Any:
         return grads[0]
 
 

@@ -24,6 +24,7 @@ from torchtower.nested import map_tensors
 from torchtower.ports import Port
 from torchtower.reduction import Grad
 from torchtower.rounds import current_tower
+from torchtower.scatter import size_along
 from torchtower.shards import Shards
 from torchtower.steps import Module, Steps
 from torchtower.thread_state import transforming, untraced
@@ -165,8 +166,9 @@ class TowerParallel(Steps[Module]):
 
     def _gather(self, result: ForwardResult) -> Any:
         def join(columns: list[Column]) -> list[Grad]:
-            for column in columns:
-                check_rows_fit(column, self.dim)
+            if len(result.rows) > 1:
+                for column in columns:
+                    check_rows_fit(column, self.dim)
             ports = [self._output_port(parts) for _, parts in columns]
             rows = zip(*[parts for _, parts in columns], strict=True) if columns else [()] * len(result.rows)
             return result.connect([1.0] * len(result.rows), ports, list(map(list, rows)))
@@ -176,8 +178,8 @@ class TowerParallel(Steps[Module]):
     def _output_port(self, parts: list[Tensor]) -> Port:
         if parts[0].dim() == 0:
             return Port("rows", self.output_device)
-        sizes = tuple([part.shape[self.dim] for part in parts])
-        return Port("rows", self.output_device, sizes, self.dim)
+        dim = self.dim if size_along(parts[0], self.dim) >= 0 else 0  # of the main tower's alone, as it is
+        return Port("rows", self.output_device, tuple([part.shape[dim] for part in parts]), dim)
 
     def tower_loss(self, loss_fn: Callable[..., Any], *batch: Any, **kwargs: Any) -> Tensor:
         """Let every tower compute its own loss on its shard; the result's ``backward()`` averages their gradients.
@@ -270,8 +272,8 @@ class TowerParallel(Steps[Module]):
         The first backward of a forward outside of it reduces all that was kept back, together with its own, into
         ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
         stays untouched until then (with one tower nothing is kept back, and nothing of a backward with
-        ``create_graph=True``). Gradients kept back are dropped by this module's `zero_grad`, and by an
-        optimizer's of its parameters; setting ``p.grad`` to None oneself does not drop them.
+        ``create_graph=True``). Gradients kept back are dropped by the ``zero_grad`` of an optimizer or a module that
+        has the parameters; setting ``p.grad`` to None oneself does not drop them.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
@@ -295,11 +297,6 @@ class TowerParallel(Steps[Module]):
             yield
         finally:
             held.synchronize = before
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, those that `no_sync` has kept back too."""
-        super().zero_grad(set_to_none)
-        self._held.drop_all()
 
     def _is_alone(self) -> bool:
         # While the interpreter shuts down, no other thread runs.

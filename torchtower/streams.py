@@ -33,6 +33,11 @@ class Streams:
         """Make them current in this thread; its current device stays."""
         return _Current(self._streams) if self._streams else nullcontext()
 
+    def synchronize(self) -> None:
+        """Wait for all that was enqueued: no stream orders those who read what lies on the CPU."""
+        for stream in self._streams:
+            stream.synchronize()
+
 
 class _Current(AbstractContextManager[None]):
     """Some streams, current within."""

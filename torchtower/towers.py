@@ -17,7 +17,7 @@ from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.left_behind import LeftBehind, keep_what_backward_wrote
+from torchtower.left_behind import LeftBehind, keep_what_was_assigned
 from torchtower.local_backward import leaves_of, requires_grad, writable
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
@@ -105,8 +105,9 @@ class Towers:
         self._original.outside.remember()
         try:
             outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
-        except Exception as error:
-            if told := shards.told():
+        except BaseException as error:
+            self._written_to += keep_what_was_assigned(self._replicas[0])  # a hook that stops the forward, say
+            if isinstance(error, Exception) and (told := shards.told()):
                 add_note(error, "TowerParallel split tensors ", told)
             raise
         shards.pass_on_writes()
@@ -274,7 +275,7 @@ class Towers:
 
     def _on_backward(self) -> None:
         self._freshness.on_backward()
-        self._written_to += keep_what_backward_wrote(self._replicas[0])
+        self._written_to += keep_what_was_assigned(self._replicas[0])
 
 
 class ForwardResult:

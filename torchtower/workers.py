@@ -21,6 +21,7 @@ import torch
 
 from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.generators import Seeds, TowerGenerators
+from torchtower.local_backward import empty_queue, make_last_node
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState, without_parametrization_cache
 from torchtower.tower_random import draw_from, intercept_draws
@@ -93,6 +94,9 @@ class TowerPool:
             work = functools.partial(state.run, self.devices[tower], jobs[tower])
             try:
                 return draw_from(TowerGenerators(tower, seeds), work)
+            except BaseException:
+                empty_queue()
+                raise
             finally:
                 give_back_turn()
 
@@ -193,6 +197,7 @@ def _work(
     # A bridge's node runs in the engine's thread of the main device and waits there for the towers: what a tower sends
     # backward, in its own backward or within a forward, would wait for that very thread.
     torch.autograd.set_multithreading_enabled(False)
+    make_last_node()
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
         # cuBLAS warns where it is the first in its thread to use a GPU that other threads have been using.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.accelerator.towers import (
     assert_go_backward_alike,
     assert_same_gradients,
+    assert_same_values,
     device,
     every_layout,
     mlp,
@@ -157,6 +158,19 @@ def test_towers_go_backward_on_the_streams_of_their_forward() -> None:
         out = TowerParallel(Look(), device_ids=[0, 1])(rows(4).requires_grad_())
     out.sum().backward()
     assert seen == [mine, mine]
+
+
+def test_an_output_on_its_way_to_the_cpu_is_waited_for() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.T).to("cpu", non_blocking=True)
+
+    x = torch.randn(512, 512)
+    wrapped = TowerParallel(Net(), device_ids=[0, 1])
+    expected = torch.cat([part @ part.T for part in x.chunk(2)])
+    assert_same_values(wrapped(x), expected, rtol=1e-5)
+    loss = wrapped.tower_loss(lambda net, x: (x @ x.T).sum().to("cpu", non_blocking=True), x)
+    assert_same_values(loss, expected.sum() / 2, rtol=1e-4)
 
 
 # ---- the caller's state
