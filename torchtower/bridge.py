@@ -27,7 +27,7 @@ module. Its context refers to the main inputs and the local graphs, and to nothi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, compress, repeat
@@ -41,7 +41,16 @@ from torchtower.collect import Collection, Sender
 from torchtower.devices import move
 from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
-from torchtower.local_backward import NO_LEAF, Root, leaves_of, local_backward, local_grad, requires_grad, root_of
+from torchtower.local_backward import (
+    NO_LEAF,
+    Root,
+    branches,
+    leaves_of,
+    local_backward,
+    local_grad,
+    requires_grad,
+    root_of,
+)
 from torchtower.node import Asked, connect
 from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.reduction import Grad
@@ -105,58 +114,104 @@ class Family:
                 bridge.free()
 
 
+class Inputs(NamedTuple):
+    """What goes into a bridge.
+
+    Args:
+        ports: of the inputs, the plan's parameters first.
+        main: the user's tensors, one a port.
+        leaves: the towers', tower-major; `NO_LEAF` where a tower has none.
+        requires_grad: which of these required gradients when the forward ran.
+    """
+
+    ports: Ports
+    main: list[Tensor]
+    leaves: list[list[Tensor]]
+    requires_grad: list[list[bool]]
+
+    def chosen(self, kept: list[int]) -> Inputs:
+        """These of them."""
+        if len(kept) == len(self.main):
+            return self
+
+        def of(several: Sequence[Any]) -> list[Any]:
+            return [several[index] for index in kept]
+
+        ports = Ports(of(self.ports.all))
+        return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)))
+
+
+def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
+    """Join the towers' outputs and give them their place in the user's graph.
+
+    Args:
+        family: the forward that they belong to.
+        inputs: of that forward.
+        ports: of the outputs.
+        outputs: tower-major; None where a tower has no such output.
+    """
+    if family.streams and any(_is_on_cpu(part) for tower in outputs for part in tower):
+        family.streams.synchronize()  # it may be on its way there still
+    detached = [[part if part is None else without_graph(part) for part in tower] for tower in outputs]
+    values = join(Ports(ports), detached, family.weights)
+    columns = list(zip(*outputs, strict=True))
+    crossing = [
+        i for i, parts in enumerate(columns) if any([part is not None and part.requires_grad for part in parts])
+    ]
+    # A module may build a graph although its caller asks for none (``@torch.enable_grad()`` on its forward).
+    if not torch.is_grad_enabled() and not any(p is not None and p.grad_fn for i in crossing for p in columns[i]):
+        return values
+    for group, reached in _groups(crossing, columns, inputs, len(family.plan.ports.all)):
+        roots = [[root_of(tower[index]) for index in group] for tower in outputs]
+        bridge = Bridge(family, inputs.chosen(reached), [ports[index] for index in group], roots)
+        for index, value in zip(group, bridge.connect([values[index] for index in group]), strict=True):
+            values[index] = value
+    return values
+
+
+def _groups(
+    crossing: list[int], columns: Sequence[Sequence[Grad]], inputs: Inputs, num_parameters: int
+) -> Iterable[tuple[list[int], list[int]]]:
+    """Which outputs share a bridge, and which inputs it has.
+
+    All do, and it has all, unless the user's graph goes on behind an input: a backward must not walk into what its
+    outputs do not depend on, where it would free what another one needs, or miss what an earlier one has freed.
+    """
+    count = len(inputs.main)
+    with_graph = [i for i in range(num_parameters, count) if inputs.main[i].grad_fn is not None]
+    if not with_graph or not crossing:
+        return [(crossing, list(range(count)))] if crossing else []
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for branch, leaves in branches([columns[index] for index in crossing]):
+        missing = tuple(i for i in with_graph if leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves))
+        groups.setdefault(missing, []).extend(crossing[index] for index in branch)
+    return [(group, [i for i in range(count) if i not in missing]) for missing, group in groups.items()]
+
+
 class Bridge:
     """Local graphs of all towers, between what goes in and what comes out.
 
     Args:
         family: the forward that it belongs to.
-        in_ports: of its inputs.
-        local_inputs: tower-major leaves; `NO_LEAF` where a tower has none.
-        requires_grad: which of them the local graphs lead to.
+        inputs: what goes in.
+        out_ports: of its outputs.
+        roots: of the local graphs, where backwards begin, tower-major.
     """
 
     def __init__(
-        self,
-        family: Family,
-        in_ports: Ports,
-        local_inputs: list[list[Tensor]],
-        requires_grad: list[list[bool]],
+        self, family: Family, inputs: Inputs, out_ports: Sequence[Port], roots: list[list[Root | None]]
     ) -> None:
         self._family = family
-        self._in_ports = in_ports
-        self._inputs = local_inputs
-        self._requires_grad = requires_grad
-        self._out_ports: Sequence[Port] = ()
-        self._roots: list[list[Root | None]] | None = None
+        self._inputs = inputs
+        self._out_ports = out_ports
+        self._roots: list[list[Root | None]] | None = roots
         family.bridges.append(weakref.ref(self))
 
-    def connect(self, main_inputs: Sequence[Tensor], ports: Ports, outputs: list[list[Grad]]) -> list[Grad]:
-        """Join the local outputs and give them their place in the user's graph.
+    def connect(self, values: Sequence[Grad]) -> tuple[Tensor, ...]:
+        """Give the joined outputs their place in the user's graph."""
+        return connect(self.backward, self._inputs.main, values)
 
-        Args:
-            main_inputs: one an input.
-            ports: of the outputs.
-            outputs: tower-major; None where a tower has no such output.
-        """
-        if self._family.streams and any(_is_on_cpu(part) for tower in outputs for part in tower):
-            self._family.streams.synchronize()  # it may be on its way there still
-        detached = [[part if part is None else without_graph(part) for part in tower] for tower in outputs]
-        values = join(ports, detached, self._family.weights)
-        columns = enumerate(zip(*outputs, strict=True))
-        crossing = [i for i, parts in columns if any([part is not None and part.requires_grad for part in parts])]
-        # A module may build a graph although its caller asks for none (``@torch.enable_grad()`` on its forward).
-        if crossing and (
-            torch.is_grad_enabled()
-            or any(part.grad_fn is not None for tower in outputs for i in crossing if (part := tower[i]) is not None)
-        ):
-            self._out_ports = [ports.all[index] for index in crossing]
-            self._roots = [[root_of(tower[index]) for index in crossing] for tower in outputs]
-            connected = connect(self.backward, main_inputs, [values[index] for index in crossing])
-            for index, value in zip(crossing, connected, strict=True):
-                values[index] = value
-        return values
-
-    def backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
+    def backward(self, asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         """From gradients of the outputs to those of the inputs that are asked for."""
         if current_tower() is not None:
             raise RuntimeError(
@@ -166,13 +221,13 @@ class Bridge:
         plan = self._family.plan
         with plan.pool.lock, self._family.streams.current():
             try:
-                return self._backward(main_inputs, asked, grads)
+                return self._backward(asked, grads)
             finally:
                 if (on_backward := plan.on_backward()) is not None:
                     on_backward()
 
-    def _backward(self, main_inputs: Sequence[Tensor], asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
-        family = self._family
+    def _backward(self, asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
+        family, main_inputs = self._family, self._inputs.main
         held, ports = family.plan.held, family.plan.ports
         family.aliases.pass_on_writes()
         parameters = main_inputs[: len(ports.all)]
@@ -182,7 +237,7 @@ class Bridge:
         local_grads = self._local_grads(self._alive(), grads)
         keep = _autograd._get_current_graph_task_keep_graph()
         if torch.is_grad_enabled():
-            values = self._differentiable_backward(main_inputs, grads, local_grads, keep, asked)
+            values = self._differentiable_backward(grads, local_grads, keep, asked)
         else:
             values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
         if held and family.synchronize:
@@ -206,7 +261,7 @@ class Bridge:
     ) -> list[Grad]:
         family, plan = self._family, self._family.plan
         keep = keep or family.keeps_graphs
-        towers = zip(self._alive(), local_grads, self._inputs, self._wanted(asked), strict=True)
+        towers = zip(self._alive(), local_grads, self._inputs.leaves, self._wanted(asked), strict=True)
         collection = None
         if not asked.all:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
@@ -214,7 +269,7 @@ class Bridge:
             senders: list[Sender | None] = [None] * len(local_grads)
             if plan.buckets and family.synchronize:
                 collection = Collection(plan.buckets, family.weights, plan.pool.devices[0])
-                senders = [Sender(collection, tower, leaves) for tower, leaves in enumerate(self._inputs)]
+                senders = [Sender(collection, tower, leaves) for tower, leaves in enumerate(self._inputs.leaves)]
             jobs = [
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
@@ -222,18 +277,20 @@ class Bridge:
         if collection is not None:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
-            return collected + join(Ports(self._in_ports.all[len(parameters) :]), rest, family.weights, in_place=True)
+            return collected + join(
+                Ports(self._inputs.ports.all[len(parameters) :]), rest, family.weights, in_place=True
+            )
         if not family.synchronize:
             local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
-        return join(self._in_ports, local, family.weights, in_place=asked.all)
+        return join(self._inputs.ports, local, family.weights, in_place=asked.all)
 
     def _wanted(self, asked: Asked) -> list[list[bool]]:
         """Of which local inputs gradients are wanted, tower-major: those that required them when the forward ran."""
         if asked.all:
-            return self._requires_grad
-        flags = asked.flags()
-        return [[flag and wanted for flag, wanted in zip(tower, flags, strict=True)] for tower in self._requires_grad]
+            return self._inputs.requires_grad
+        flags, towers = asked.flags(), self._inputs.requires_grad
+        return [[flag and wanted for flag, wanted in zip(tower, flags, strict=True)] for tower in towers]
 
     def _local_grads(self, roots: list[list[Root | None]], grads: Sequence[Grad]) -> list[list[Grad]]:
         towers: list[list[Grad]] = [[] for _ in roots]
@@ -244,34 +301,30 @@ class Bridge:
         return towers
 
     def _differentiable_backward(
-        self,
-        main_inputs: Sequence[Tensor],
-        grads: Sequence[Grad],
-        local_grads: list[list[Grad]],
-        keep: bool,
-        asked: Asked,
+        self, grads: Sequence[Grad], local_grads: list[list[Grad]], keep: bool, asked: Asked
     ) -> list[Grad]:
         self._family.keep_until_end_of_backward(keep)
+        first = self._inputs
         given = [index for index, grad in enumerate(grads) if grad is not None]
         main_grads = [grad for grad in grads if grad is not None]
         cotangents = [
             [_leaf(tower[i], main) for i, main in zip(given, main_grads, strict=True)] for tower in local_grads
         ]
         jobs = [
-            partial(local_grad, [roots[i] for i in given], local, inputs, wanted, keep_graph=True)
-            for roots, local, inputs, wanted in zip(
-                self._alive(), cotangents, self._inputs, self._wanted(asked), strict=True
+            partial(local_grad, [roots[i] for i in given], local, leaves, wanted, keep_graph=True)
+            for roots, local, leaves, wanted in zip(
+                self._alive(), cotangents, first.leaves, self._wanted(asked), strict=True
             )
         ]
-        leaves = [[NO_LEAF if part is None else part for part in tower] for tower in cotangents]
-        second = Bridge(
-            self._family,
-            Ports([*self._in_ports.all, *[self._out_ports[i] for i in given]]),
-            [[*a, *b] for a, b in zip(self._inputs, leaves, strict=True)],
-            [[*a, *requires_grad(b)] for a, b in zip(self._requires_grad, leaves, strict=True)],
+        new_leaves = [[NO_LEAF if part is None else part for part in tower] for tower in cotangents]
+        second = Inputs(
+            Ports([*first.ports.all, *[self._out_ports[i] for i in given]]),
+            [*first.main, *main_grads],
+            [[*a, *b] for a, b in zip(first.leaves, new_leaves, strict=True)],
+            [[*a, *requires_grad(b)] for a, b in zip(first.requires_grad, new_leaves, strict=True)],
         )
         local = self._family.plan.pool.run(jobs, weights=self._family.weights)
-        return second.connect([*main_inputs, *main_grads], self._in_ports, local)
+        return connect_outputs(self._family, second, first.ports.all, local)
 
     def _alive(self) -> list[list[Root | None]]:
         if self._roots is None:

@@ -88,7 +88,8 @@ def empty_queue() -> None:
     with the thread: a process that is just ending would abort.
     """
     # The engine goes from the newest nodes to the oldest, and throws away whatever it meets of backwards that failed.
-    torch.autograd.grad(*_local.last, retain_graph=True)
+    last, leaf = _local.last
+    torch.autograd.grad(last, leaf, retain_graph=True)
 
 
 def local_grad(
@@ -148,7 +149,7 @@ def writable(leaf: Tensor) -> Tensor:
 
 def is_untouched(tensor: Tensor) -> bool:
     """Whether what `writable` returned has been written into by nothing that autograd knows of."""
-    return type(tensor.grad_fn).__name__ == "_WritableBackward"
+    return _is_writable(tensor.grad_fn)
 
 
 class _Writable(torch.autograd.Function):
@@ -192,6 +193,42 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
     return towers
 
 
+def branches(columns: Sequence[Iterable[Grad]]) -> list[tuple[list[int], set[int]]]:
+    """Divide outputs into those whose graphs have no more than leaves in common, so that none frees what another needs.
+
+    Args:
+        columns: every tower's part of each output.
+
+    Returns:
+        Of each branch its outputs' indices, and the ids of the leaves behind them.
+    """
+    owner: dict[Any, int] = {}  # of each node the first output that leads to it
+    joined = list(range(len(columns)))  # each output to an earlier one of its branch
+
+    def first(index: int) -> int:
+        while joined[index] != index:
+            index = joined[index]
+        return index
+
+    leaves: list[set[int]] = [set() for _ in columns]
+    for index, column in enumerate(columns):
+        new = []
+        for node in _walk(column, stops=owner):
+            if node in owner:
+                joined[first(index)] = first(owner[node])
+            elif _is_leaf(node):
+                leaves[index].add(id(node.variable))
+            elif not _is_writable(node):  # which saves nothing
+                new.append(node)
+        owner.update(dict.fromkeys(new, index))
+    found: dict[int, tuple[list[int], set[int]]] = {}
+    for index in range(len(columns)):
+        indices, behind = found.setdefault(first(index), ([], set()))
+        indices.append(index)
+        behind |= leaves[index]
+    return list(found.values())
+
+
 def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:
     """Each node of the graph behind ``tensors``, once; what lies behind ``stops`` is left out."""
     pending: list[Any] = [tensor.grad_fn for tensor in tensors if tensor is not None]
@@ -208,6 +245,10 @@ def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:
 
 def _is_leaf(node: Any) -> bool:
     return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
+
+
+def _is_writable(node: Any) -> bool:
+    return type(node).__name__ == "_WritableBackward"
 
 
 def requires_grad(leaves: Iterable[Tensor]) -> list[bool]:

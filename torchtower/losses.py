@@ -111,7 +111,9 @@ def check_leads_to_replicas(
         warnings.warn(
             f"TowerParallel.tower_loss: loss_fn leads to {len(strange)} trainable parameters that are not the "
             f"module's, one of shape {tuple(strange[0].shape)}: every tower adds the gradient of its own loss to them, "
-            "which makes the number of towers times the mean; put into the module what is to be trained",
+            "which makes the number of towers times the mean, or fails where they share a graph that was there before "
+            "the call (RuntimeError: backward through the graph a second time); put into the module what is to be "
+            "trained, and what was computed into one of its attributes",
             stacklevel=4,
         )
     checked.add(code)

@@ -27,14 +27,14 @@ _ticket, _ticket_node = _make_ticket()
 
 
 def connect(
-    backward: Callable[[Sequence[Tensor], Asked, Sequence[Grad]], list[Grad]],
+    backward: Callable[[Asked, Sequence[Grad]], list[Grad]],
     inputs: Sequence[Tensor],
     values: Sequence[Grad],
 ) -> tuple[Tensor, ...]:
     """Give values without graphs a place in the user's graph, behind ``inputs``, in whatever grad mode.
 
     Args:
-        backward: makes of the inputs, what is asked and the values' gradients the inputs' gradients.
+        backward: makes of what is asked and the values' gradients the inputs' gradients.
         inputs: of the node.
         values: which become its outputs.
     """
@@ -57,12 +57,11 @@ class _BridgeNode(torch.autograd.Function):
     def forward(ctx: Any, backward: Any, values: Sequence[Grad], ticket: Tensor, *inputs: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.to_inputs = backward
-        ctx.inputs = inputs
         return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Grad) -> Any:
-        return (None, None, None, *ctx.to_inputs(ctx.inputs, Asked(ctx), grads))
+        return (None, None, None, *ctx.to_inputs(Asked(ctx), grads))
 
 
 # Without what `torch.autograd.Function.apply` does for functorch's transforms, within which no towers run.

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.bridge import Bridge, Family, Plan
+from torchtower.bridge import Family, Inputs, Plan, connect_outputs
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
 from torchtower.left_behind import LeftBehind, keep_what_was_assigned
-from torchtower.local_backward import leaves_of, requires_grad, writable
+from torchtower.local_backward import requires_grad, writable
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
@@ -240,38 +240,33 @@ class Towers:
         main_inputs = list(shards.main_inputs)
         for index, _ in overwritten:  # the bridge keeps hold of what they were
             main_inputs[index] = writable(main_inputs[index])
-        parameters = self._original.parameters
-        linked, link_leaves = self._used_links(local_outputs)
+        linked, link_leaves = self._links(len(outputs))
         local_inputs = [
             [*replica.leaves, *links, *own]
             for replica, links, own in zip(self._replicas, link_leaves, leaves, strict=False)
         ]
-        family = Family(self._plan, weights, shards.aliases(), Streams(self.pool.devices), self._held.synchronize)
         in_ports = self._plan.ports
         if linked or main_inputs:
             in_ports = Ports([*in_ports.all, *[Port("shared", tensor.device) for tensor in linked], *shards.ports])
-        bridge = Bridge(family, in_ports, local_inputs, list(map(requires_grad, local_inputs)))
-        values = bridge.connect([*parameters, *linked, *main_inputs], Ports(ports), local_outputs)
+        all_main = [*self._original.parameters, *linked, *main_inputs]
+        inputs = Inputs(in_ports, all_main, local_inputs, list(map(requires_grad, local_inputs)))
+        family = Family(self._plan, weights, shards.aliases(), Streams(self.pool.devices), self._held.synchronize)
+        values = connect_outputs(family, inputs, ports, local_outputs)
         begin, end = len(out_ports), len(ports) - len(overwritten)
         for (index, _), value in zip(overwritten, values[end:], strict=True):
             _overwrite(shards.main_inputs[index], value)
         self._written_to += left_behind.put(values[begin:end])
         return values[:begin]
 
-    def _used_links(self, local_outputs: list[list[Grad]]) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The tensors with a graph, in attributes, that some tower has used; and their leaves, tower-major."""
-        replicas = self._replicas[: len(local_outputs)]
-        if not replicas[0].links():  # nearly always
-            return [], [[]] * len(replicas)
-        rows = list(zip(*[replica.links() for replica in replicas], strict=True))
-        reached = set(map(id, leaves_of(chain.from_iterable(local_outputs))))
-        used = [
-            (source, [link.leaf for link in row])
-            for row in rows
-            if any(id(link.leaf) in reached for link in row) and (source := row[0].source()) is not None
-        ]
-        leaves: list[list[Tensor]] = [[column[tower] for _, column in used] for tower in range(len(local_outputs))]
-        return [source for source, _ in used], leaves
+    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The tensors with a graph, in attributes; and their leaves, tower-major."""
+        rows = [replica.links() for replica in self._replicas[:num_towers]]
+        if not rows[0]:  # nearly always
+            return [], [[]] * num_towers
+        sources = [link.source() for link in rows[0]]
+        alive = [index for index, source in enumerate(sources) if source is not None]
+        linked = [source for source in sources if source is not None]
+        return linked, [[links[index].leaf for index in alive] for links in rows]
 
     def _on_backward(self) -> None:
         self._freshness.on_backward()
