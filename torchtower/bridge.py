@@ -45,6 +45,7 @@ from torchtower.local_backward import (
     NO_LEAF,
     Root,
     branches,
+    leads_to,
     leaves_of,
     local_backward,
     local_grad,
@@ -179,8 +180,11 @@ def _groups(
     """
     count = len(inputs.main)
     with_graph = [i for i in range(num_parameters, count) if inputs.main[i].grad_fn is not None]
-    if not with_graph or not crossing:
-        return [(crossing, list(range(count)))] if crossing else []
+    if not crossing:
+        return []
+    main_leaves = [inputs.leaves[0][i] for i in with_graph]
+    if not with_graph or (len(crossing) == 1 and leads_to(columns[crossing[0]][0], main_leaves)):  # nearly always
+        return [(crossing, list(range(count)))]
     groups: dict[tuple[int, ...], list[int]] = {}
     for branch, leaves in branches([columns[index] for index in crossing]):
         missing = tuple(i for i in with_graph if leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves))

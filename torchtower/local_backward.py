@@ -193,6 +193,17 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
     return towers
 
 
+def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
+    """Whether a backward from ``output`` would come to all of these."""
+    missing = set(map(id, leaves))
+    for node in _walk([output], stops=()):
+        if _is_leaf(node):
+            missing.discard(id(node.variable))
+            if not missing:
+                return True
+    return False
+
+
 def branches(columns: Sequence[Iterable[Grad]]) -> list[tuple[list[int], set[int]]]:
     """Divide outputs into those whose graphs have no more than leaves in common, so that none frees what another needs.
 
