@@ -27,7 +27,7 @@ Loss = Callable[[Tensor], Tensor]
 @pytest.fixture(autouse=True)
 def _exact() -> Any:
     """Convolutions in float64 are exact enough whichever algorithm is chosen; the choice itself must not vary."""
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         yield
 
 
@@ -210,21 +210,23 @@ def test_tower_loss_averages_and_statistics_of_memory_return(devices: list[int])
     plain, wrapped = twins(nn.Sequential(nn.Linear(6, 512), nn.Tanh(), nn.Linear(512, 3)), devices)
     x, y = rows(7, 6), rows(7, 3, seed=1)
     allocated = []
-    for _ in range(4):
+    for _ in range(8):
         wrapped.zero_grad()
         wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
         allocated.append(torch.cuda.memory_allocated())
-    assert allocated[1] == allocated[2] == allocated[3]
+    # A thread may be about to let go of its shard, a few KB; a step's tensors are larger than that.
+    assert max(allocated[1:]) - min(allocated[1:]) < 512 * 6 * 8
     F.mse_loss(plain(x), y).backward()
     assert_same(wrapped, plain)
 
 
 def test_towers_on_one_device_hold_the_parameters_once() -> None:
-    plain, wrapped = twins(nn.Linear(1000, 1000), [0, 0, 0, 0])
+    plain, wrapped = twins(nn.Linear(4000, 4000), [0, 0, 0, 0])
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
-        wrapped(rows(8, 1000))
-    assert torch.cuda.memory_allocated() - before < 1_000_000 < plain.weight.nbytes
+        wrapped(rows(8, 4000))
+    # The rest is cuBLAS's: a workspace for each thread.
+    assert torch.cuda.memory_allocated() - before < plain.weight.nbytes == 128_000_000
 
 
 @every_layout
