@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, twins
 from torchtower import TowerParallel
@@ -42,6 +43,13 @@ class TwoHeads(nn.Module):
             both = self.trunk(x + y).tanh()
             return self.left(both), self.right(both), self.left(x)
         return self.left(x).tanh(), self.right(y).tanh(), self.trunk(y)
+
+
+class TwoSums(nn.Module):
+    """The gradient of whose input is the output's, added to another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.sin()
 
 
 def assert_trains_alike(module: nn.Module, num_towers: int, train: Train) -> None:
@@ -160,6 +168,77 @@ def test_a_penalty_that_does_not_depend_on_the_input_leaves_its_graph_alone(num_
         net(made).sum().backward()
 
     assert_trains_alike(Critic(), num_towers, train)
+
+
+@every_count
+@pytest.mark.parametrize("kind", [nn.Identity, TwoSums, nn.Tanh])
+def test_gradients_that_are_the_outputs_gradients_themselves_go_backward_again(
+    kind: Callable[[], nn.Module], num_towers: int
+) -> None:
+    def train(net: nn.Module, encoder: nn.Sequential) -> None:
+        made = encoder(batch(7))
+        (gradient,) = torch.autograd.grad((net(made) ** 3).sum(), made, create_graph=True)
+        gradient.square().sum().backward()
+
+    assert_trains_alike(kind(), num_towers, train)
+
+
+@every_count
+def test_a_write_to_the_batch_is_noticed_by_the_branch_that_is_left(num_towers: int) -> None:
+    class Scaled(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            return a * x, b * x
+
+    for net in twins(Scaled(), num_towers):
+        x = batch(7)
+        left, right = net(*[batch(7, requires_grad=True) * 1 for _ in range(2)], x)
+        left.sum().backward()
+        x.fill_(100)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            right.sum().backward()
+
+
+@every_count
+@pytest.mark.parametrize("by", ["closure", "attribute"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_an_input_that_a_checkpoint_finds_by_itself_is_trained(use_reentrant: bool, by: str, num_towers: int) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            self.memory = memory
+
+            def body(x: Tensor) -> Tensor:
+                return self.fc(x).tanh() * (memory if by == "closure" else self.memory)
+
+            return checkpoint(body, self.fc(x), use_reentrant=use_reentrant)
+
+    def train(net: nn.Module, encoder: nn.Sequential) -> None:
+        net(batch(7, 2), encoder(batch(7))).square().sum().backward()
+
+    assert_trains_alike(Decoder(), num_towers, train)
+
+
+@every_count
+@pytest.mark.parametrize("hooked", ["input", "parameter"])
+def test_a_hook_that_the_forward_registers_sees_the_sum_over_branches(hooked: str, num_towers: int) -> None:
+    calls: list[int] = []
+
+    class Clipped(TwoHeads):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            one = self.left.weight if hooked == "parameter" else x
+            one.register_hook(lambda grad: calls.append(len(x)))
+            return self.left(x).tanh(), self.left(y).tanh() * x.sum(), self.right(y)
+
+    counts = []
+    for net in twins(Clipped(has_trunk=False), num_towers):
+        calls.clear()
+        inputs = [batch(8, 2, seed=seed, requires_grad=True) * 1 for seed in (0, 1)]
+        sum(out.sum() for out in net(*inputs)).backward()
+        counts.append(len(calls))
+    assert counts == [1, num_towers]
 
 
 @every_count

@@ -468,7 +468,14 @@ def test_a_sparse_parameter_is_refused_and_a_sparse_buffer_is_not() -> None:
     assert torch.equal(wrap(net, 1)(batch(4)), batch(4))
     del net.weight
     net.register_buffer("weight", weight)
-    assert torch.equal(wrap(net, 2)(batch(4)), batch(4))
+    wrapped = wrap(net, 2)
+    assert torch.equal(wrapped(batch(4)), batch(4))
+    net.more = nn.Parameter(weight)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected dense parameters"):
+            wrapped(batch(4))
+    del net.more
+    assert torch.equal(wrapped(batch(4)), batch(4))
 
 
 def test_a_module_on_another_device_is_refused_at_every_call() -> None:

@@ -258,6 +258,18 @@ def test_zero_grad_forgets_what_no_sync_kept(of: str) -> None:
     assert_go_backward_alike(plain, wrapped, batch(7))
 
 
+def test_zero_grad_forgets_what_no_sync_kept_of_parameters_that_are_gone() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with wrapped.no_sync():
+        wrapped(batch(4)).sum().backward()
+    for net in (plain, wrapped.module):
+        torch.manual_seed(1)
+        net[2] = nn.Linear(5, 2).double()
+    wrapped.zero_grad()
+    assert not wrapped._held
+    assert_go_backward_alike(plain, wrapped, batch(7))
+
+
 def test_zero_grad_of_a_part_forgets_that_part() -> None:
     plain, wrapped = twins(mlp(), 2)
     plain(batch(4)).sum().backward()

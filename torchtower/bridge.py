@@ -187,9 +187,11 @@ def _groups(
         return [(crossing, list(range(count)))]
     groups: dict[tuple[int, ...], list[int]] = {}
     for branch, leaves in branches([columns[index] for index in crossing]):
-        missing = tuple(i for i in with_graph if leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves))
+        missing: tuple[int, ...] = ()
+        if leaves is not None:
+            missing = tuple(i for i in with_graph if leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves))
         groups.setdefault(missing, []).extend(crossing[index] for index in branch)
-    return [(group, [i for i in range(count) if i not in missing]) for missing, group in groups.items()]
+    return [(group, sorted(set(range(count)) - set(missing))) for missing, group in groups.items()]
 
 
 class Bridge:
@@ -251,7 +253,8 @@ class Bridge:
         if any(map(is_, values, repeat(None))):
             without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]
             spare_hooks(chain(without, leaves_of(without)))
-        if asked.all and not (keep or family.keeps_graphs) and all(grad is not None for grad in grads):
+        is_whole = len(family.bridges) == 1 and asked.all and all(grad is not None for grad in grads)
+        if is_whole and not (keep or family.keeps_graphs):
             family.aliases.forget()  # no graph has saved anything any more
         return values
 

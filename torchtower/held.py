@@ -84,6 +84,11 @@ class HeldGradients:
             for held in self._towers:
                 held.pop(id(parameter), None)
 
+    def drop_all(self) -> None:
+        """Forget what is kept."""
+        self._towers = []
+        self._parameters = {}
+
 
 _all: weakref.WeakSet[HeldGradients] = weakref.WeakSet()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -144,6 +145,9 @@ def _given(roots: Sequence[Root | None], grads: Sequence[Grad]) -> tuple[tuple[G
 def writable(leaf: Tensor) -> Tensor:
     """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
     result: Tensor = _Writable.apply(leaf)  # type: ignore[no-untyped-call]
+    node: Any = result.grad_fn
+    if node is not None:
+        node.output = weakref.ref(result)  # where its hooks are found
     return result
 
 
@@ -194,24 +198,26 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
 
 
 def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
-    """Whether a backward from ``output`` would come to all of these."""
-    missing = set(map(id, leaves))
+    """Whether a backward from ``output`` would come to all of these, or may."""
+    missing = {id(leaf) for leaf in leaves if leaf is not output}
     for node in _walk([output], stops=()):
+        if not missing or _is_opaque(node):
+            break
         if _is_leaf(node):
             missing.discard(id(node.variable))
-            if not missing:
-                return True
-    return False
+    else:
+        return not missing
+    return True
 
 
-def branches(columns: Sequence[Iterable[Grad]]) -> list[tuple[list[int], set[int]]]:
+def branches(columns: Sequence[Sequence[Grad]]) -> list[tuple[list[int], set[int] | None]]:
     """Divide outputs into those whose graphs have no more than leaves in common, so that none frees what another needs.
 
     Args:
         columns: every tower's part of each output.
 
     Returns:
-        Of each branch its outputs' indices, and the ids of the leaves behind them.
+        Of each branch its outputs' indices, and the ids of the leaves behind them; None where that cannot be told.
     """
     owner: dict[Any, int] = {}  # of each node the first output that leads to it
     joined = list(range(len(columns)))  # each output to an earlier one of its branch
@@ -221,23 +227,39 @@ def branches(columns: Sequence[Iterable[Grad]]) -> list[tuple[list[int], set[int
             index = joined[index]
         return index
 
-    leaves: list[set[int]] = [set() for _ in columns]
+    leaves = [{id(part) for part in column if part is not None and part.grad_fn is None} for column in columns]
+    opaque = set()
     for index, column in enumerate(columns):
         new = []
         for node in _walk(column, stops=owner):
             if node in owner:
                 joined[first(index)] = first(owner[node])
-            elif _is_leaf(node):
+                continue
+            if _is_opaque(node):
+                opaque.add(index)
+            if _is_leaf(node):
                 leaves[index].add(id(node.variable))
-            elif not _is_writable(node):  # which saves nothing
+            if not _is_end(node):
                 new.append(node)
         owner.update(dict.fromkeys(new, index))
-    found: dict[int, tuple[list[int], set[int]]] = {}
+    found: dict[int, list[int]] = {}
     for index in range(len(columns)):
-        indices, behind = found.setdefault(first(index), ([], set()))
-        indices.append(index)
-        behind |= leaves[index]
-    return list(found.values())
+        found.setdefault(first(index), []).append(index)
+    return [
+        (indices, None if opaque.intersection(indices) else set().union(*[leaves[index] for index in indices]))
+        for indices in found.values()
+    ]
+
+
+def _is_end(node: Any) -> bool:
+    """Whether a node is a leaf's, and may be come to more than once: it saves nothing, and no hook looks at the sum."""
+    leaf = node.variable if _is_leaf(node) else node.output() if _is_writable(node) else None
+    return leaf is not None and not leaf._backward_hooks
+
+
+def _is_opaque(node: Any) -> bool:
+    """Whether a node may go backward itself, to leaves that no edge tells of: a reentrant checkpoint does."""
+    return isinstance(node, torch._C._FunctionBase) and not _is_writable(node)
 
 
 def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:

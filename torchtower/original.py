@@ -108,13 +108,13 @@ class Original:
                     parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
-        self.parameters = list(parameters.values())
-        for parameter in self.parameters:
+        for parameter in parameters.values():
             if parameter.layout is not torch.strided:
                 raise ValueError(
                     f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train "
                     "a dense one, or make it a buffer"
                 )
+        self.parameters = list(parameters.values())
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
         self.outside = Outside(self.modules)

@@ -298,6 +298,11 @@ class TowerParallel(Steps[Module]):
         finally:
             held.synchronize = before
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, those that `no_sync` has kept back too."""
+        super().zero_grad(set_to_none)
+        self._held.drop_all()  # those of parameters that have been replaced, too
+
     def _is_alone(self) -> bool:
         # While the interpreter shuts down, no other thread runs.
         return self.num_towers == 1 or current_tower() is not None or transforming() or sys.is_finalizing()

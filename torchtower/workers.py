@@ -211,6 +211,7 @@ def _work(
             while True:
                 try:
                     if round_ is None and (round_ := inbox.get()) is None:
+                        empty_queue()
                         return
                     round_.work()
                     round_ = None
