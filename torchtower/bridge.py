@@ -6,6 +6,8 @@ A tower's forward builds a graph of its own on leaves of its own (its replica's 
 outputs the joined outputs. Its backward hands every tower its part of the output gradients, runs the local backwards in
 the towers' threads (the engine would run them one after the other on a CPU), joins what they leave and returns it. So
 hooks on the user's parameters, ``torch.autograd.grad``, accumulation and frozen parameters work by PyTorch's own rules.
+The engine goes on to all inputs of a node, with a gradient or without. So where the user's graph goes on behind an
+input, outputs that do not depend on it have a node without it: one for each branch of the towers' graphs.
 
 What crosses the bridge does so through ports. A port knows how a value on the main side becomes one a tower and back:
 - shared: the same value for every tower; back, the weighted sum over towers (parameters, and each tower's loss).
