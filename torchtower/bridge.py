@@ -41,19 +41,10 @@ from torch import Tensor
 
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
+from torchtower.graphs import branches, leads_to, leaves_of
 from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
-from torchtower.local_backward import (
-    NO_LEAF,
-    Root,
-    branches,
-    leads_to,
-    leaves_of,
-    local_backward,
-    local_grad,
-    requires_grad,
-    root_of,
-)
+from torchtower.local_backward import NO_LEAF, Root, local_backward, local_grad, requires_grad, root_of
 from torchtower.node import Asked, connect
 from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.reduction import Grad

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchtower.local_backward import is_untouched, towers_behind
+from torchtower.graphs import is_untouched, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.parts import container_of, tensors_within
@@ -37,9 +37,9 @@ class LeftBehind:
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
         self._tensors: list[tuple[int, Tensor]] = []  # that have a graph, and whose
+        self._known = _sources(self._main) if self._written else []
         if not self._written and not self._kept:  # nearly always
             return
-        self._known = _sources(self._main) if self._written else []
         known = {id(twin) for twin, _ in self._known}
         self._tensors += [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
         self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchtower.local_backward import leaves_of
+from torchtower.graphs import leaves_of
 
 
 def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:

@@ -239,7 +239,7 @@ class TowerParallel(Steps[Module]):
 
         def call(replica: nn.Module, shard: Any) -> Any:
             own, named = shard
-            return loss_fn(replica, *own, **named) if named else loss_fn(replica, *own)
+            return loss_fn(replica, *own, **(named or {}))
 
         with self._lock:
             towers = self._running()
@@ -381,7 +381,7 @@ if hasattr(os, "register_at_fork"):
 
 def _call_module(replica: nn.Module, shard: Any) -> Any:
     inputs, kwargs = shard
-    return replica(*inputs, **kwargs) if kwargs else replica(*inputs)
+    return replica(*inputs, **(kwargs or {}))
 
 
 def _check_kernels(devices: Sequence[torch.device]) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.devices import move
-from torchtower.local_backward import writable
+from torchtower.graphs import writable
 from torchtower.node import is_connected
 from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.places import Place, Written, places_of

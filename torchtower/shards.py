@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from torchtower.devices import move
-from torchtower.local_backward import NO_LEAF, is_untouched, writable
+from torchtower.graphs import is_untouched, writable
+from torchtower.local_backward import NO_LEAF
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.ports import Port
 from torchtower.scatter import Splits, plan_splits

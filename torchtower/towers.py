@@ -16,9 +16,10 @@ from torchtower.bridge import Family, Inputs, Plan, connect_outputs
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
 from torchtower.freshness import Freshness
+from torchtower.graphs import writable
 from torchtower.held import HeldGradients
 from torchtower.left_behind import LeftBehind, keep_what_was_assigned
-from torchtower.local_backward import requires_grad, writable
+from torchtower.local_backward import requires_grad
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports

@@ -1,0 +1,154 @@
+"""Towers' graphs, apart from going backward: how their leaves become inputs, and what outputs depend on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtower.reduction import Grad
+
+
+def writable(leaf: Tensor) -> Tensor:
+    """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
+    result: Tensor = _Writable.apply(leaf)  # type: ignore[no-untyped-call]
+    node: Any = result.grad_fn
+    if node is not None:
+        node.output = weakref.ref(result)  # where its hooks are found
+    return result
+
+
+def is_untouched(tensor: Tensor) -> bool:
+    """Whether what `writable` returned has been written into by nothing that autograd knows of."""
+    return _is_writable(tensor.grad_fn)
+
+
+class _Writable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # where no gradient comes, there is none
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Grad) -> Any:
+        return grads[0]
+
+
+def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
+    """The leaves that a backward from ``outputs`` accumulates into."""
+    for node in _walk(outputs, stops=()):
+        if _is_leaf(node):
+            yield node.variable
+
+
+def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: dict[Any, set[int]]) -> set[int]:
+    """Whose leaves a backward from ``tensors`` would reach.
+
+    Args:
+        tensors: with graphs.
+        tower_of: each leaf's tower, by its id.
+        known: what was found behind nodes by earlier calls; added to where it is one tower's, so that many tensors of
+            one graph cost one walk.
+    """
+    new: list[Any] = []
+    towers: set[int] = set()
+    for node in _walk(tensors, stops=known):
+        if node in known:
+            towers |= known[node]
+            continue
+        new.append(node)
+        if _is_leaf(node) and id(node.variable) in tower_of:
+            towers.add(tower_of[id(node.variable)])
+    if len(towers) < 2:  # else one node's are not another's
+        known.update((node, towers) for node in new)
+    return towers
+
+
+def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
+    """Whether a backward from ``output`` would come to all of these, or may."""
+    missing = {id(leaf) for leaf in leaves if leaf is not output}
+    for node in _walk([output], stops=()):
+        if _is_opaque(node):
+            return True
+        if _is_leaf(node):
+            missing.discard(id(node.variable))
+        if not missing:
+            return True
+    return not missing
+
+
+def branches(columns: Sequence[Sequence[Grad]]) -> list[tuple[list[int], set[int] | None]]:
+    """Divide outputs into those whose graphs have no more than leaves in common, so that none frees what another needs.
+
+    Args:
+        columns: every tower's part of each output.
+
+    Returns:
+        Of each branch its outputs' indices, and the ids of the leaves behind them; None where that cannot be told.
+    """
+    owner: dict[Any, int] = {}  # of each node the first output that leads to it
+    joined = list(range(len(columns)))  # each output to an earlier one of its branch
+
+    def first(index: int) -> int:
+        while joined[index] != index:
+            index = joined[index]
+        return index
+
+    leaves = [{id(part) for part in column if part is not None and part.grad_fn is None} for column in columns]
+    opaque = set()
+    for index, column in enumerate(columns):
+        new = []
+        for node in _walk(column, stops=owner):
+            if node in owner:
+                joined[first(index)] = first(owner[node])
+                continue
+            if _is_opaque(node):
+                opaque.add(index)
+            if _is_leaf(node):
+                leaves[index].add(id(node.variable))
+            if not _is_end(node):
+                new.append(node)
+        owner.update(dict.fromkeys(new, index))
+    found: dict[int, list[int]] = {}
+    for index in range(len(columns)):
+        found.setdefault(first(index), []).append(index)
+    return [
+        (indices, None if opaque.intersection(indices) else set().union(*[leaves[index] for index in indices]))
+        for indices in found.values()
+    ]
+
+
+def _is_end(node: Any) -> bool:
+    """Whether a node is a leaf's, and may be come to more than once: it saves nothing, and no hook looks at the sum."""
+    leaf = node.variable if _is_leaf(node) else node.output() if _is_writable(node) else None
+    return leaf is not None and not leaf._backward_hooks
+
+
+def _is_opaque(node: Any) -> bool:
+    """Whether a node may go backward itself, to leaves that no edge tells of: a reentrant checkpoint does."""
+    return isinstance(node, torch._C._FunctionBase) and not _is_writable(node)
+
+
+def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:
+    """Each node of the graph behind ``tensors``, once; what lies behind ``stops`` is left out."""
+    pending: list[Any] = [tensor.grad_fn for tensor in tensors if tensor is not None]
+    seen: set[Any] = {None}
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if node not in stops:
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def _is_leaf(node: Any) -> bool:
+    return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
+
+
+def _is_writable(node: Any) -> bool:
+    return type(node).__name__ == "_WritableBackward"
