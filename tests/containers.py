@@ -1,4 +1,4 @@
-"""What batches and outputs are nested in, beside Python's own containers."""
+"""What batches, outputs and what a module keeps are nested in, beside Python's own containers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class Data:
 class FrozenData:
     left: Tensor
     right: Tensor
+
+
+@dataclasses.dataclass
+class Box:
+    loss: Any = None
 
 
 class AttributeDict(dict):

@@ -17,22 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import (
-    EVERY_COUNT,
     SEVERAL,
     assert_close,
     assert_go_backward_alike,
     assert_same_gradients,
-    assert_same_parameters,
     assert_trains_alike,
     batch,
-    mlp,
     steps_follow,
-    sum_of_squares,
-    take_steps,
     twins,
     wrap,
 )
-from tests.modules import Clamped, OneLayer
+from tests.modules import OneLayer
 from torchtower import current_tower
 
 # ---- what leads back to the module
@@ -327,165 +322,6 @@ def test_a_class_with_a_constructor_of_its_own_is_replicated() -> None:
             return self.last(x)
 
     assert_trains_alike(Net(2), 2, batch(7))
-
-
-# ---- what a forward does
-
-
-def test_a_forward_redirected_to_another_method_and_back_works() -> None:
-    """As Lightning does: forward is replaced for the length of a call."""
-
-    class Net(OneLayer):
-        def training_step(self, x: Tensor) -> Tensor:
-            return self.fc(x).square().sum()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x)
-
-    plain, wrapped = twins(Net(), 2)
-    inner = wrapped.module
-    original = inner.forward
-
-    def redirected(*args: Any) -> Any:
-        inner.forward = original
-        return inner.training_step(*args)
-
-    inner.forward = redirected
-    total = wrapped(batch(4)).sum()
-    total.backward()
-    plain.training_step(batch(4)).backward()
-    assert_same_gradients(wrapped, plain)
-    inner.forward = original
-    assert wrapped(batch(4)).shape == (4, 2)
-
-
-def test_functional_transforms_and_gradients_inside_forward_work() -> None:
-    class Energy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mlp(3, 1)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                energy = self.net(x)
-                (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
-            jacobian = torch.func.vmap(torch.func.jacrev(self.net))(x)
-            return force, jacobian.squeeze(1)
-
-    assert_trains_alike(Energy(), 3, batch(7), loss=lambda out: out[0].square().sum() + out[1].pow(3).sum())
-
-
-def test_custom_autograd_functions_work() -> None:
-    class Cube(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-            ctx.save_for_backward(x, weight)
-            return x**3 * weight
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-            x, weight = ctx.saved_tensors
-            return grad * 3 * x**2 * weight, (grad * x**3).sum(0)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.weight = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Cube.apply(self.fc(x), self.weight)
-
-    assert_trains_alike(Net(), 3, batch(7))
-
-
-def test_data_dependent_control_flow_may_differ_between_towers() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([(self.a if row[0] > 0 else self.b)(row) for row in x])
-
-    assert_trains_alike(Net(), 3, batch(9))
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_a_forward_that_enables_gradients_gives_them_under_no_grad(num_towers: int) -> None:
-    class Net(OneLayer):
-        @torch.enable_grad()
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x)
-
-    plain, wrapped = twins(Net(), num_towers)
-    for net in (plain, wrapped):
-        with torch.no_grad():
-            out = net(batch(7))
-        out.square().sum().backward()
-    assert_same_gradients(wrapped, plain)
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
-    with torch.inference_mode():
-        plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval().double()
-        wrapped = wrap(plain, num_towers)
-        assert_close(wrapped(batch(7)), plain(batch(7)))
-    with torch.no_grad():
-        assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-# ---- parameters and buffers that a forward gives other data
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> None:
-    plain, wrapped = twins(Clamped(), num_towers)
-    for net in (plain, wrapped):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
-        take_steps(net, optimizer, lambda step: batch(8, seed=step), steps=6, loss=sum_of_squares)
-    assert_same_parameters(wrapped, plain)
-    assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-def test_data_that_only_another_tower_assigns_are_dropped() -> None:
-    class Net(OneLayer):
-        def forward(self, x: Tensor) -> Tensor:
-            out = self.fc(x)
-            if current_tower() == 1:
-                self.fc.weight.data = torch.zeros(2, 3, dtype=torch.float64)
-            return out
-
-    plain, wrapped = twins(Net(), 2)
-    for _ in range(2):
-        assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-class Resizing(OneLayer):
-    """As observers of quantisation-aware training do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.empty(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.seen.numel() == 0:
-            self.seen.resize_(3).fill_(1)
-        self.seen.mul_(2)
-        return self.fc(x * self.seen)
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_a_buffer_may_change_its_shape_and_dtype(num_towers: int) -> None:
-    plain, wrapped = twins(Resizing(), num_towers)
-    for rows in (1, 8, 8, 1, 8):
-        assert_close(wrapped(batch(rows)), plain(batch(rows)))
-        assert_close(wrapped.module.seen, plain.seen)
-    for value in (torch.ones(1), torch.ones(1, 3, dtype=torch.int64)):
-        for net in (plain, wrapped.module):
-            net.seen.data = value.clone()
-        assert_close(wrapped(batch(8)), plain(batch(8)))
 
 
 class AttrDict(dict[str, Any]):

@@ -1,0 +1,238 @@
+"""Places that modules and hooks share (a dict, a dataclass, a closure): one for each tower, whatever is put there."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.containers import Box
+from tests.helpers import SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+
+
+def test_hooks_may_share_a_place_and_its_name_may_come_and_go() -> None:
+    plain, wrapped = twins(mlp(), 2)
+    x = batch(1).expand(4, 3)
+    for net in (plain, wrapped):
+        inner = getattr(net, "module", net)
+        found: Any = None
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal found
+            found = output
+
+        def keep_too(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal found
+            found = output if found is None else found
+
+        for hook in (keep, keep_too, _keep_in_a_fresh_name):
+            inner[0].register_forward_hook(hook)
+        for _ in range(2):
+            net(x)
+            (found.mean(0).sum() + _fresh.mean(0).sum()).backward()
+            del globals()["_fresh"]
+    assert_same_gradients(wrapped, plain)
+
+
+def _keep_in_a_fresh_name(module: nn.Module, args: Any, output: Tensor) -> None:
+    global _fresh
+    _fresh = output
+
+
+def test_modules_that_share_a_dataclass_share_it_in_every_tower() -> None:
+    class Child(nn.Module):
+        def __init__(self, box: Box) -> None:
+            super().__init__()
+            self.box = box
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.box.loss
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.box = Box()
+            self.fc, self.child = nn.Linear(3, 2), Child(self.box)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.box is self.child.box
+            self.box.loss = self.fc.weight.square().sum()
+            return self.child(self.fc(x))
+
+    plain, wrapped = twins(Parent(), 3)
+    x = batch(7)
+    for _ in range(3):
+        for net in (plain, wrapped):
+            net(x).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_objects_of_a_kind_of_their_own_are_shared_and_never_written_to() -> None:
+    @dataclasses.dataclass
+    class Only:
+        net: Any = None
+
+        def __copy__(self) -> Any:
+            return self
+
+    @dataclasses.dataclass
+    class Locked:
+        net: Any = None
+        lock: Any = dataclasses.field(default_factory=threading.Lock)
+
+        def __getstate__(self) -> Any:
+            return {"net": self.net}
+
+    @dataclasses.dataclass
+    class Output(collections.OrderedDict[str, Any]):
+        net: Any = None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.held = [kind(self.fc) for kind in (Only, Locked, Output)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    net = Net()
+    held = list(net.held)
+    wrap(net, 2)(torch.ones(4, 3)).sum().backward()
+    assert all(old is new and new.net is net.fc for old, new in zip(held, net.held, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [dict, lambda: {"layer": nn.Linear(2, 2).double()}], ids=["of tensors", "that leads to a layer"]
+)
+@pytest.mark.parametrize("num_towers", [2, 3])
+def test_modules_that_share_a_dict_hand_tensors_on_in_it(num_towers: int, make: Callable[[], dict[str, Any]]) -> None:
+    class Writer(nn.Module):
+        def __init__(self, shared: dict[str, Any]) -> None:
+            super().__init__()
+            self.fc, self.shared, self.lists = nn.Linear(3, 2), shared, [shared]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.shared["h"] = self.fc(x)
+            assert self.lists[0] is self.shared
+            return x
+
+    class Reader(nn.Module):
+        def __init__(self, shared: dict[str, Any]) -> None:
+            super().__init__()
+            self.shared = shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.shared["h"]
+            return h.tanh() if "layer" not in self.shared else self.shared["layer"](h)
+
+    shared = make()
+    plain, wrapped = twins(nn.Sequential(Writer(shared), Reader(shared)), num_towers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            net(batch(7, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+    kept = wrapped.module[0].shared
+    assert kept is wrapped.module[1].shared
+    assert kept.keys() == plain[0].shared.keys()
+
+
+@pytest.mark.parametrize("num_towers", [2, 3])
+def test_what_a_closure_holds_beside_a_layer_is_followed(num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    settings: list[dict[str, Any]] = []
+    for inner in (plain, wrapped.module):
+        settings.append({"layers": [inner[2]], "scale": 2.0})
+        inner[0].register_forward_hook(_apply_settings(settings[-1]))
+    for step in range(4):
+        for net, inner, setting in zip((plain, wrapped), (plain, wrapped.module), settings, strict=True):
+            if step == 1:
+                setting["scale"] = 0.5
+            if step == 2:
+                setting["layers"].append(inner[2])
+            net(batch(7, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+
+
+def _apply_settings(settings: dict[str, Any]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        norms = sum(layer.weight.square().sum() for layer in settings["layers"])
+        return output * settings["scale"] * norms
+
+    return hook
+
+
+@pytest.mark.parametrize("num_towers", [2, 3])
+@pytest.mark.parametrize("make", [dict, types.SimpleNamespace], ids=["dict", "namespace"])
+def test_what_hooks_put_beside_a_layer_is_found_by_others_and_kept(make: Callable[..., Any], num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    stores = []
+    for inner in (plain, wrapped.module):
+        store = make(layer=inner[0], first=None, calls=0)
+        stores.append(vars(store) if make is types.SimpleNamespace else store)
+        inner[0].register_forward_hook(_put_into(store))
+        inner[2].register_forward_hook(_add_from(store))
+    for step in range(3):
+        for net, store in zip((plain, wrapped), stores, strict=True):
+            x = batch(7, seed=step)
+            (net(x).square().sum() + store["first"].square().sum() * 0).backward()
+        assert_same_gradients(wrapped, plain)
+        rows = stores[1]["first"].shape[0]
+        assert rows < 7  # the main tower's
+        assert_close(stores[1]["first"], stores[0]["first"][:rows])
+        assert stores[1]["calls"] == step + 1
+        assert stores[1]["layer"] is wrapped.module[0]
+
+
+@pytest.mark.parametrize("make", [dict, types.SimpleNamespace])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_what_a_forward_gives_a_second_name_stays_one_object(num_towers: int, make: Callable[..., Any]) -> None:
+    class Block(nn.Module):
+        store: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * _entries(self.store)["scale"]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.store = make(scale=torch.tensor(1.0, dtype=torch.float64), layer=self.block)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.block.store = self.store
+            entries = _entries(self.store)
+            entries["scale"] = entries["scale"] + 1
+            return self.block(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for _ in range(3):
+        assert_close(wrapped(batch(5)), plain(batch(5)))
+    assert wrapped.module.block.store is wrapped.module.store
+
+
+def _entries(store: Any) -> dict[str, Any]:
+    return store if isinstance(store, dict) else vars(store)
+
+
+def _put_into(store: Any) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        entries = _entries(store)
+        entries["first"], entries["calls"] = output, entries["calls"] + 1
+
+    return hook
+
+
+def _add_from(store: Any) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        entries = _entries(store)
+        return output + entries["first"].sum(1, keepdim=True) * entries["layer"].weight.sum()
+
+    return hook
