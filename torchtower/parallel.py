@@ -25,7 +25,7 @@ from torchtower.ports import Port
 from torchtower.reduction import Grad
 from torchtower.rounds import current_tower
 from torchtower.scatter import size_along
-from torchtower.shards import Shards
+from torchtower.shards import Shards, cut, given
 from torchtower.steps import Module, Steps
 from torchtower.thread_state import transforming, untraced
 from torchtower.towers import ForwardResult, Towers
@@ -42,7 +42,8 @@ class TowerParallel(Steps[Module]):
     every tower computes its own loss on its shard, and the gradients are averaged. Both reduce all gradients in one
     fused native pass.
 
-    With one tower (no ``device_ids`` and no accelerator, say) calls go straight to ``module``.
+    With one tower (no ``device_ids`` and no accelerator, say) calls go straight to ``module``. A subclass may cut batches
+    and join outputs in its own way, by a ``scatter`` or ``gather`` such as nn.DataParallel's.
 
     Args:
         module: the module to train. Its parameters and buffers lie on the main tower's device, the first of
@@ -158,11 +159,20 @@ class TowerParallel(Steps[Module]):
         return run(inputs, kwargs)
 
     def _forward_on_towers(self, inputs: Any, kwargs: Any) -> Any:
-        shards = Shards((inputs, kwargs or None), self.num_towers, self.dim)
+        shards = self._shards(inputs, kwargs)
         with self._lock:
-            return self._gather(self._running().run(_call_module, shards))
+            result = self._running().run(_call_module, shards)
+            if not self._overrides("gather"):
+                return self._gather(result)
+            outputs = result.connect_each()
+        return self.gather(outputs, self.output_device)
 
     _forward_untraced = untraced(_forward_on_towers)
+
+    def _shards(self, inputs: Any, kwargs: Any) -> Shards:
+        if self._overrides("scatter"):
+            return given(self._scattered(inputs, kwargs), self.dim)
+        return cut((inputs, kwargs or None), self.num_towers, self.dim)
 
     def _gather(self, result: ForwardResult) -> Any:
         def join(columns: list[Column]) -> list[Grad]:
@@ -235,7 +245,7 @@ class TowerParallel(Steps[Module]):
         return mean
 
     def _tower_loss_on_towers(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
-        shards = Shards((batch, kwargs or None), self.num_towers, self.dim)
+        shards = self._shards(batch, kwargs)
 
         def call(replica: nn.Module, shard: Any) -> Any:
             own, named = shard
@@ -321,6 +331,8 @@ class TowerParallel(Steps[Module]):
         main = self.devices[0]
         if main.type == "cpu" or current_tower() is not None:
             return batch
+        if self.num_towers == 1 and self._overrides("scatter"):
+            (batch,) = self._scattered(*batch)
         return map_tensors(lambda t: move(t, main), batch)
 
     def _running(self) -> Towers:

@@ -1,4 +1,4 @@
-"""One call's inputs, cut into one shard a tower.
+"""One call's inputs, one shard a tower: cut here, or given by a user's own ``scatter``.
 
 Note [Version counters]
 Autograd refuses a backward whose saved tensors have been written to since, which it tells by a counter that a tensor
@@ -10,7 +10,7 @@ tower's writes to the batch after the forward, the user's writes to the parts be
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -22,35 +22,57 @@ from torchtower.graphs import is_untouched, writable
 from torchtower.local_backward import NO_LEAF
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.ports import Port
-from torchtower.scatter import Splits, plan_splits
+from torchtower.scatter import Splits, plan_splits, size_along
 
 _MOST_TOLD = 8  # tensors, in an error's note
 
 
-class Shards:
-    """The shards of one batch, and how its tensors that need gradients cross the bridge.
+def cut(batch: Any, num_towers: int, dim: int) -> Shards:
+    """Shards of a batch by rows.
 
     Args:
         batch: nested structure; the same tensor in two places stays one tensor in every shard.
         num_towers: how many towers there are.
         dim: along which tensors are split.
     """
+    splits = plan_splits(tensors_in(batch), num_towers, dim)
+    return Shards([batch] * len(splits.rows), splits.rows, splits)
 
-    def __init__(self, batch: Any, num_towers: int, dim: int) -> None:
-        self._batch = batch
-        self._tensors = tensors_in(batch)
-        self.splits: Splits = plan_splits(self._tensors, num_towers, dim)
+
+def given(batches: Sequence[Any], dim: int) -> Shards:
+    """Shards that are there already, one a tower, each with as many rows as its longest tensor has along ``dim``."""
+
+    def rows(batch: Any) -> int:
+        return max((size for tensor in tensors_in(batch) if (size := size_along(tensor, dim)) >= 0), default=1)
+
+    return Shards(batches, list(map(rows, batches)), None)
+
+
+class Shards:
+    """The shards of one batch, and how its tensors that need gradients cross the bridge.
+
+    Args:
+        batches: what each tower's shard is made from.
+        rows: how many each has; towers that have nothing to do are left out.
+        splits: how the batch, the same for all towers, is cut; None where each tower's is its own.
+    """
+
+    def __init__(self, batches: Sequence[Any], rows: list[int], splits: Splits | None) -> None:
+        self.rows = rows
+        self._batches = batches
+        self._splits = splits
+        self._tensors = tensors_in(batches[0] if splits else list(batches))
         self.main_inputs: list[Tensor] = []
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
         self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
-        self._handed: list[dict[int, Tensor]] = [{} for _ in self.splits.rows]  # what needs gradients, by its port
+        self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what needs gradients, by its port
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
-                parts = self.splits.parts(tensor)
+                parts = splits.parts(tensor) if splits else [tensor] * len(rows)
                 self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._add_input(tensor, parts)
@@ -58,10 +80,10 @@ class Shards:
     def _add_input(self, tensor: Tensor, parts: list[Tensor] | None) -> None:
         self._port_of[id(tensor)] = len(self.ports)
         self.main_inputs.append(tensor)
-        if parts is None:
+        if parts is None or self._splits is None:
             self.ports.append(Port("shared", tensor.device))
         else:
-            dim = self.splits.dim
+            dim = self._splits.dim
             sizes = tuple(part.shape[dim] for part in parts)
             self.ports.append(Port("rows", tensor.device, sizes, dim))
 
@@ -99,11 +121,13 @@ class Shards:
             self._empty.setdefault(tower, []).append((container, own))
             return own
 
-        return map_tensors(take_tensor, self._batch, take_empty), leaves
+        return map_tensors(take_tensor, self._batches[tower], take_empty), leaves
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""
-        dim = self.splits.dim
+        if self._splits is None:
+            return ""
+        dim = self._splits.dim
         tensors = {id(tensor): tensor for tensor in self._tensors}
         told = [
             f"{tuple(tensor.shape)} into {[part.shape[dim] for part in parts]}"

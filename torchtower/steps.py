@@ -1,6 +1,7 @@
-"""The steps of nn.DataParallel's forward, for programs that call them one by one or in a forward of their own.
+"""The steps of nn.DataParallel's forward, for programs that call them one by one, or have some of their own.
 
-TowerParallel's own forward takes none of them: a subclass that overrides a step alone would be ignored, and is refused.
+Where a subclass has a ``scatter`` or ``gather`` of its own, TowerParallel's forward calls it. What ``replicate`` and
+``parallel_apply`` do, towers do in their own way: a subclass that overrides these alone is refused.
 """
 
 from __future__ import annotations
@@ -63,14 +64,44 @@ class Steps(nn.DataParallel[Module]):
         return gather_structure(outputs, join)
 
     def _check_steps(self, forward: Any) -> None:
-        """Refuse a subclass that overrides a step, but not ``forward``, which would never call it."""
-        steps = ("scatter", "replicate", "parallel_apply", "gather")
-        overridden = [name for name in steps if getattr(type(self), name) is not getattr(Steps, name)]
+        """Refuse a subclass that overrides a step that its forward would never call."""
+        overridden = [name for name in ("replicate", "parallel_apply") if self._overrides(name)]
         if overridden and type(self).forward is forward:
             raise TypeError(
                 f"{type(self).__name__}: expected a subclass that overrides {overridden[0]} to override forward, too, "
-                "since TowerParallel's forward calls none of nn.DataParallel's steps"
+                "since TowerParallel's forward keeps its replicas and runs them in threads of their own; it calls no "
+                "step of nn.DataParallel's but scatter and gather"
             )
+
+    def _overrides(self, step: str) -> bool:
+        return getattr(getattr(self, step), "__func__", None) is not getattr(Steps, step)
+
+    def _scattered(self, inputs: Any, kwargs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What an own ``scatter`` makes of a batch: each tower's inputs, and its keyword inputs.
+
+        Raises:
+            TypeError: that is no pair of lists.
+            ValueError: there are more than there are towers, or inputs of some towers and keyword inputs of others.
+        """
+        scattered = self.scatter(inputs, kwargs, self.device_ids)
+        name = f"{type(self).__name__}.scatter"
+        try:
+            parts, keywords = [list(side or ()) for side in scattered]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{name}: expected to return each tower's inputs and each tower's keyword inputs, two lists, but got "
+                f"{type(scattered).__name__}"
+            ) from None
+        count = len(parts) or len(keywords)
+        if count > len(self.devices) or (parts and keywords and len(keywords) != count):
+            raise ValueError(
+                f"{name}: expected inputs for at most {len(self.devices)} towers, and as many keyword inputs, but got "
+                f"{len(parts)} and {len(keywords)}"
+            )
+        if not count:
+            return [((), {})]
+        tuples = [tuple(part) if isinstance(part, (tuple, list)) else (part,) for part in parts or [()] * count]
+        return list(zip(tuples, keywords or [{}] * count, strict=True))
 
 
 def _part(splits: Splits, tensor: Tensor, tower: int, device: torch.device) -> Tensor:

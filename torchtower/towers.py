@@ -20,6 +20,7 @@ from torchtower.graphs import writable
 from torchtower.held import HeldGradients
 from torchtower.left_behind import LeftBehind, keep_what_was_assigned
 from torchtower.local_backward import requires_grad
+from torchtower.nested import map_tensors, tensors_in
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
@@ -91,7 +92,7 @@ class Towers:
         """Run ``call`` on every shard, each in its tower's thread, and take over what the main tower wrote."""
         self.pool.share_out_cores()
         self._follow()
-        taken: list[list[Tensor]] = [[] for _ in shards.splits.rows]
+        taken: list[list[Tensor]] = [[] for _ in shards.rows]
 
         def job_of(tower: int) -> Callable[[], Any]:
             replica = self._replicas[tower]
@@ -114,7 +115,7 @@ class Towers:
         shards.pass_on_writes()
         shards.pass_on_contents()
         if self._buffers == "mean":
-            pool_buffers(self._replicas, shards.splits.rows)
+            pool_buffers(self._replicas, shards.rows)
         return ForwardResult(self, shards, outputs, taken)
 
     def _run_jobs(self, jobs: list[Callable[[], Any]]) -> list[Any]:
@@ -294,11 +295,19 @@ class ForwardResult:
     @property
     def rows(self) -> list[int]:
         """Rows of each tower's shard."""
-        return self._shards.splits.rows
+        return self._shards.rows
 
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph."""
         return self._towers.bridge(self._shards, weights, self._leaves, ports, outputs)
+
+    def connect_each(self) -> list[Any]:
+        """Every tower's output, its tensors in the user's graph where they are."""
+        tensors = list(map(tensors_in, self.outputs))
+        ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
+        columns = [[each if other is own else None for own in tensors for each in own] for other in tensors]
+        values = iter(self.connect([1.0] * len(tensors), ports, columns))
+        return [map_tensors(lambda _: next(values), output) for output in self.outputs]
 
 
 def _overwrite(tensor: Tensor, value: Grad) -> None:

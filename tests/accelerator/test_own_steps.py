@@ -1,0 +1,50 @@
+"""Subclasses with a ``scatter`` or ``gather`` of their own, on simulated devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.accelerator.towers import assert_same_gradients, assert_same_values, device, every_layout, mlp, rows
+from torchtower import TowerParallel
+
+
+class Own(TowerParallel):
+    """The main tower gets one row, and outputs stay where they are; as programs do that know their devices."""
+
+    def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
+        (x,) = inputs
+        parts = [x[:1], *x[1:].chunk(len(device_ids) - 1)] if len(device_ids) > 1 else [x / 2]
+        return [(part.to(device(i)),) for part, i in zip(parts, device_ids, strict=True)], [kwargs] * len(parts)
+
+    def gather(self, outputs: Any, output_device: Any) -> Any:
+        return outputs
+
+
+@every_layout
+def test_own_steps_see_the_towers_devices(devices: list[int]) -> None:
+    plain = mlp().double()
+    wrapped = Own(mlp().double().to(device(devices[0])), device_ids=devices)
+    wrapped.module.load_state_dict(plain.state_dict())
+    x, own_x = rows(7).requires_grad_(), rows(7).requires_grad_()
+    outputs = wrapped(own_x)
+    assert [out.device for out in outputs] == list(map(device, devices))
+    expected = plain(x)
+    assert_same_values(torch.cat([out.cpu() for out in outputs]), expected)
+    expected.square().sum().backward()
+    sum(out.square().sum().cpu() for out in outputs).backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_values(own_x.grad, x.grad)
+
+
+@pytest.mark.parametrize("style", ["call", "tower_loss"])
+def test_one_device_has_its_scatter_and_no_gather_as_in_data_parallel(style: str) -> None:
+    wrapped = Own(mlp().double().to(device(0)), device_ids=[0])
+    x = rows(4).to(device(0))
+    if style == "call":
+        assert_same_values(wrapped(rows(4)), wrapped.module(x / 2))
+    else:
+        loss = wrapped.tower_loss(lambda net, x: net(x).sum(), rows(4))
+        assert_same_values(loss, wrapped.module(x / 2).sum())
