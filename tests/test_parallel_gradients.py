@@ -353,6 +353,36 @@ def test_hooks_of_what_the_loss_does_not_depend_on_are_not_called(num_towers: in
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_hooks_of_outputs_that_the_loss_leaves_out_are_not_called(num_towers: int) -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(x)
+
+    plain, wrapped = twins(TwoHeads(), num_towers)
+    for net in (plain, wrapped):
+        left, right = net(batch(6))
+        handle = left.register_hook(lambda grad: grad * 3)
+        left.register_hook(lambda grad: grad * 0.5)
+        right.register_hook(lambda grad: grad * 0.25)
+        handle.remove()
+        left.sum().backward(retain_graph=True)
+        right.sum().backward(retain_graph=True)
+        (left * right).sum().backward()
+        left, right = net(batch(6))
+        right.mul_(2).register_hook(lambda grad: grad * 0.25)
+        left.sum().backward()
+        x = batch(6, requires_grad=True)
+        slope, own = torch.autograd.grad(net(x)[0].square().sum(), [x, next(net.parameters())], create_graph=True)
+        own.register_hook(lambda grad: grad * 0.5)
+        slope.square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_hooks_of_what_a_reentrant_checkpoint_recomputes_are_called(num_towers: int) -> None:
     class Net(nn.Module):

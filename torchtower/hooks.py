@@ -1,11 +1,12 @@
 """Hooks of the user's tensors that a backward of ours has no gradient for.
 
-A plain module's backward does not come near what the loss does not depend on. Ours is one node for all inputs, and the
-engine goes on to each: where there is no gradient it calls their hooks all the same, with None.
+A plain module's backward does not come near what the loss does not depend on. Ours is one node for all inputs and
+outputs, and the engine goes through each: where there is no gradient it calls their hooks all the same, with None.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torchtower.remote import version_of
 
 
 class _Guard:
-    """Stands for a hook until the backward ends."""
+    """Stands for a hook: an input's until the backward ends, an output's for good."""
 
     def __init__(self, hook: Any) -> None:
         self.hook: Any = hook.hook if isinstance(hook, _Guard) else hook  # of a backward that has failed
@@ -42,6 +43,22 @@ class _IfAccumulated(_Guard):
         grad = tensor.grad
         if grad is not self._before or (grad is not None and version_of(grad) != self._version):
             self.hook(tensor)
+
+
+class _HooksOfOutput(OrderedDict[int, Any]):
+    """Takes the place of the dict that ``Tensor.register_hook`` would make."""
+
+    def __setitem__(self, key: int, hook: Any) -> None:
+        super().__setitem__(key, hook if isinstance(hook, _Guard) else _IfDefined(hook))
+
+
+def spare_hooks_of_outputs(outputs: Iterable[Tensor]) -> None:
+    """Have hooks that the user will register on a node's outputs called only if a gradient comes."""
+    for output in outputs:
+        if output is not None and output.grad_fn is not None:
+            hooked: Any = output
+            hooked._backward_hooks = _HooksOfOutput()
+            hooked.grad_fn._register_hook_dict(output)
 
 
 def spare_hooks(tensors: Iterable[Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from torchtower.hooks import spare_hooks_of_outputs
 from torchtower.reduction import Grad
 
 
@@ -44,6 +45,8 @@ def connect(
     else:
         with torch.enable_grad():
             connected = _apply(backward, values, _ticket, *inputs)
+    if len(connected) > 1:
+        spare_hooks_of_outputs(connected)
     return connected
 
 
