@@ -338,3 +338,17 @@ def test_norms_between_processes_are_told_of_and_converted() -> None:
     plain = nn.Sequential(net[0], nn.BatchNorm1d(4), net[2]).double()
     wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(net)), 2)
     assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+def test_a_subclass_whose_forward_the_conversion_loses_is_told_of(recwarn: pytest.WarningsRecorder) -> None:
+    class Activated(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    class Renamed(nn.BatchNorm1d):
+        pass
+
+    convert_sync_batchnorm(nn.Sequential(Renamed(3), nn.BatchNorm1d(3), nn.SyncBatchNorm(3)))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="the forward of Activated is lost"):
+        convert_sync_batchnorm(nn.Sequential(Renamed(3), Activated(3)))

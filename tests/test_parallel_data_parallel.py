@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_go_backward_alike, batch, mlp, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    SEVERAL,
+    assert_close,
+    assert_go_backward_alike,
+    assert_same_gradients,
+    batch,
+    mlp,
+    wrap,
+)
 from torchtower import TowerParallel
 
 
@@ -137,3 +146,30 @@ def test_a_larger_model_is_traced_through_the_wrapper(towers: int) -> None:
 def test_gather_knows_minus_one_for_the_cpu() -> None:
     wrapped = wrap(mlp(), 2)
     assert torch.equal(wrapped.gather([batch(2), batch(3)], -1), torch.cat([batch(2), batch(3)]))
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_the_steps_keep_the_first_replicas_buffers_as_data_parallel_does(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3).double()
+            self.layers = nn.Sequential(self.norm, nn.Linear(3, 2).double())
+            self.scripted, self.nothing = torch.jit.script(nn.Linear(2, 2).double()), None
+            self.calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.scripted(self.layers(x))
+
+    stepwise, wrapped = (kind(Net(), ["cpu"] * num_towers) for kind in (Stepwise, TowerParallel))
+    stepwise.load_state_dict(wrapped.state_dict())
+    for _ in range(2):
+        out, expected = stepwise(batch(9)), wrapped(batch(9))
+        assert_close(out, expected)
+        for result in (out, expected):
+            result.square().sum().backward()
+    assert_same_gradients(stepwise, wrapped.module)
+    for ours, theirs in zip(stepwise.module.buffers(), wrapped.module.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert stepwise.module.calls == 0

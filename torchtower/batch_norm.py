@@ -174,7 +174,8 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         module: changed in place below its root; parameters and buffers stay the same tensors.
 
     Returns:
-        ``module``, or its replacement where it is itself a batch normalisation.
+        ``module``, or its replacement where it is itself a batch normalisation. A warning tells of subclasses with a
+        forward of their own, which is lost, as torch's conversion loses it.
 
     Raises:
         TypeError: something that is no module.
@@ -190,7 +191,17 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"convert_sync_batchnorm: expected an nn.Module, but got {type(module).__name__}")
-    return _convert(module, {})
+    done: dict[nn.Module, nn.Module] = {}
+    result = _convert(module, done)
+    replaced = {type(before) for before, after in done.items() if after is not before}
+    lost = [kind.__name__ for kind in replaced if not kind.forward.__module__.startswith("torch.nn.modules.")]
+    if lost:
+        warnings.warn(
+            f"convert_sync_batchnorm: the forward of {', '.join(sorted(lost))} is lost; what has taken its place "
+            "normalises, and does nothing else",
+            stacklevel=2,
+        )
+    return result
 
 
 def _convert(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -102,6 +102,9 @@ def _write_to_original(main: Replica, written: list[Written], connected: list[tu
         translate = main.to_original()
         for local, main_side in connected:
             translate.add(local, main_side)
+        for item in written:
+            if item.place.kind in ("hooks", "options"):  # the handles refer to these
+                translate.add(item.place.twin, item.place.target)
         write_back(written, translate)
     return [item.module for item in written]
 
@@ -135,7 +138,7 @@ def _with_graph(written: Sequence[Written]) -> list[Tensor]:
 def _is_structural(written: Written) -> bool:
     """Whether the module must be looked at anew: replicas would share what they do not know."""
     values = written.value if written.name is None else [written.value]
-    return written.place.kind == "structure" or any(map(_is_followed, values))
+    return written.place.kind in ("structure", "hooks") or any(map(_is_followed, values))
 
 
 def _is_followed(value: Any) -> bool:

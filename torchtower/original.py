@@ -19,6 +19,7 @@ from torchtower._extension import same_contents
 from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of
 from torchtower.remote import memory_of
+from torchtower.rewrite import Made
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
@@ -70,11 +71,15 @@ class Original:
     Args:
         module: the user's module.
         device: the main tower's.
+
+    Attributes:
+        made: objects that forwards have left in it, see `torchtower.rewrite`.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
         self.device = device
+        self.made = Made()
         self.discover()
 
     def discover(self) -> None:

@@ -42,8 +42,8 @@ class TowerParallel(Steps[Module]):
     every tower computes its own loss on its shard, and the gradients are averaged. Both reduce all gradients in one
     fused native pass.
 
-    With one tower (no ``device_ids`` and no accelerator, say) calls go straight to ``module``. A subclass may cut batches
-    and join outputs in its own way, by a ``scatter`` or ``gather`` such as nn.DataParallel's.
+    With one tower (no ``device_ids`` and no accelerator, say) calls go straight to ``module``. A subclass may cut
+    batches and join outputs in its own way, by a ``scatter`` or ``gather`` such as nn.DataParallel's.
 
     Args:
         module: the module to train. Its parameters and buffers lie on the main tower's device, the first of

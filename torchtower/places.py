@@ -1,7 +1,7 @@
 """Where a tower's forward may leave something in its replica, and what it has left there.
 
 A place is a container of the replica, beside the one of the user's module that it stands for: attributes, the dicts of
-parameters, buffers and submodules, small containers within attributes, and those that functions lead to.
+parameters, buffers, submodules and hooks, small containers within attributes, and those that functions lead to.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torchtower.scripted import is_scripted
 
 # Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Change only together with one of these.
+_HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
 _DELETED = object()
 
@@ -29,14 +32,14 @@ _DELETED = object()
 class Place(NamedTuple):
     """A container that a forward may write to."""
 
-    kind: str  # "attributes", "structure" (of the above), "container", or "outside" (what functions lead to)
+    kind: str  # "attributes", "structure", "hooks", "options" (of hooks), "container", or "outside" (functions lead to)
     target: Any  # the original's
     twin: Any  # the replica's
     known: Any  # what the replica's held when it was last looked at, or when it was installed
 
     def watched(self) -> list[Any]:
         """The containers in which a change must be seen; what functions lead to is watched by nobody else."""
-        return [self.twin, self.target] if self.kind == "outside" else [self.twin]
+        return {"outside": [self.twin, self.target], "options": []}.get(self.kind, [self.twin])
 
     def take_changes(self) -> list[tuple[Any, Any]]:
         """Names and values, as of `Written`, that the replica's has held anew since this was last asked."""
@@ -74,6 +77,9 @@ def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
     yield _place("attributes", module.__dict__, twin.__dict__)
     for name in _WRITTEN_DICTS:
         yield _place("structure", module.__dict__[name], twin.__dict__[name])
+    for kind, names in (("hooks", _HOOKS), ("options", _HOOK_OPTIONS)):
+        for name in names:
+            yield _place(kind, module.__dict__[name], twin.__dict__[name])
     seen: set[int] = set()
     attributes = [name for name in module.__dict__ if name not in MODULE_DICTS]
     pending = [("container", module.__dict__[name], twin.__dict__[name]) for name in attributes]

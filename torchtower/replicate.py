@@ -57,7 +57,7 @@ class Replica:
         self._original = original
         self._is_main = is_main
         self._remote = None if aliases else RemoteStorage(device)
-        self._to_replica = Translation()
+        self._to_replica = Translation(original.made)
         self._memory: dict[int, Any] = {}  # of each of the original's parameters, by its id, when leaves were made
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
@@ -73,7 +73,8 @@ class Replica:
 
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
-        before, self._to_replica = self._to_replica, Translation(copy_containers=not self._is_main)
+        before = self._to_replica
+        self._to_replica = Translation(self._original.made, copy_containers=not self._is_main)
         self._places.clear()
         self._links.clear()
         self._met.clear()
@@ -129,7 +130,8 @@ class Replica:
             leaf = before.get(parameter)
             moved = self._memory.get(id(parameter)) != memory[id(parameter)]
             if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
-                leaf = _leaf_like(parameter, storage)
+                before_leaf, leaf = leaf, _leaf_like(parameter, storage)
+                _take_over_hooks(before_leaf, leaf)
             if leaf.requires_grad != parameter.requires_grad and not leaf.is_inference():
                 leaf.requires_grad_(parameter.requires_grad)
             self._to_replica.add(parameter, leaf)
@@ -254,13 +256,20 @@ class Replica:
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""
-        back = Translation(deep=True)
+        back = Translation(self._original.made, deep=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             back.add(self._to_replica.get(source), source)
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
         return back
+
+
+def _take_over_hooks(before: Any, leaf: Any) -> None:
+    """Let a leaf have the hooks that a forward has given the one before it."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(before, name, None):
+            setattr(leaf, name, hooks)
 
 
 def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ import functools
 import sys
 import types
 import weakref
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torchtower.parts import (
     ATOMS,
@@ -28,6 +30,8 @@ from torchtower.parts import (
     is_record,
     parts_of,
 )
+
+Made = weakref.WeakValueDictionary[int, Any]
 
 
 class _Pair:
@@ -46,11 +50,14 @@ class Translation:
             to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
             that is translated: a hook may collect there.
         deep: look into objects of any class, which a forward may have made for what it leaves behind.
+        made: those that deep translations have copied, by their ids; looked into by the others, too. A helper that a
+            forward makes for its module, once, leads each tower to what is its own.
     """
 
-    def __init__(self, *, copy_containers: bool = False, deep: bool = False) -> None:
+    def __init__(self, made: Made, *, copy_containers: bool = False, deep: bool = False) -> None:
         self.copy_containers = copy_containers
         self.deep = deep
+        self.made = made
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
         # Those met since this was replaced: as long as somebody holds on to one, its copy stays the same.
@@ -91,7 +98,7 @@ class _Copy:
     def __init__(self, translation: Translation, root: Any) -> None:
         self._translation = translation
         self._table = translation.table
-        self._parts_of = all_parts_of if translation.deep else parts_of
+        self._parts_of = all_parts_of if translation.deep else self._parts_of_known
         self._most = MANY if translation.deep else sys.maxsize
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
@@ -117,6 +124,10 @@ class _Copy:
             leading.update(new)
             spreading.extend(new)
         return leading
+
+    def _parts_of_known(self, value: Any) -> list[Any] | None:
+        made = self._translation.made
+        return all_parts_of(value) if made and id(value) in made else parts_of(value)
 
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
@@ -153,6 +164,9 @@ class _Copy:
         except Exception:  # not to be copied: the user's own object then, as it is
             return value
         self._done[id(value)] = twin
+        if self._translation.deep and not isinstance(value, RemovableHandle):  # a hook's is one for all towers
+            with suppress(TypeError):  # to some there is no weak reference
+                self._translation.made[id(twin)] = twin
         for into, key, part in entries_of(value):
             translated = self.of(part, False)
             if translated is not part:

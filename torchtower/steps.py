@@ -16,6 +16,7 @@ from torchtower.devices import move, parse_output_device
 from torchtower.gather import Column, cat_rows, gather_structure
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.scatter import Splits, plan_splits
+from torchtower.scripted import is_scripted
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -41,8 +42,14 @@ class Steps(nn.DataParallel[Module]):
         return tuple(tuple(args) for args, _ in shards), tuple(kwargs for _, kwargs in shards)
 
     def replicate(self, module: Module, device_ids: Any) -> list[Module]:
-        """Make replicas for `parallel_apply`; see ``nn.DataParallel.replicate``. On a CPU the module itself."""
-        return [module] * len(device_ids) if self.devices[0].type == "cpu" else super().replicate(module, device_ids)
+        """Make replicas for `parallel_apply`; see ``nn.DataParallel.replicate``.
+
+        On a CPU they have the module's own parameters. There as elsewhere the first has its buffers, the others copies,
+        and what a forward assigns to attributes is lost.
+        """
+        if self.devices[0].type == "cpu":
+            return [_replica_of(module, is_main=index == 0) for index in range(len(device_ids))]
+        return super().replicate(module, device_ids)
 
     def parallel_apply(self, replicas: Sequence[Any], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
         """Call replicas on their inputs; see ``nn.DataParallel.parallel_apply``. On a CPU one after the other."""
@@ -102,6 +109,25 @@ class Steps(nn.DataParallel[Module]):
             return [((), {})]
         tuples = [tuple(part) if isinstance(part, (tuple, list)) else (part,) for part in parts or [()] * count]
         return list(zip(tuples, keywords or [{}] * count, strict=True))
+
+
+def _replica_of(module: Module, *, is_main: bool) -> Module:
+    """A module tree of the same parameters, as shallow as nn.DataParallel's; TorchScript modules stay what they are."""
+    twins: dict[nn.Module, Any] = {
+        each: each if is_scripted(each) else each._replicate_for_data_parallel() for each in module.modules()
+    }
+    copies: dict[int, Tensor] = {}
+    for each, twin in twins.items():
+        if twin is each:
+            continue
+        del twin._is_replica  # theirs have no parameters, and libraries that see the mark look elsewhere for them
+        twin._parameters = each._parameters.copy()
+        twin._modules = {name: twins.get(child) for name, child in each._modules.items()}  # type: ignore[arg-type]
+        for name, buffer in each._buffers.items():
+            if buffer is not None and not is_main:
+                twin._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+    replica: Module = twins[module]
+    return replica
 
 
 def _part(splits: Splits, tensor: Tensor, tower: int, device: torch.device) -> Tensor:
