@@ -23,6 +23,15 @@ class OneLayer(nn.Module):
         return self.fc(x)
 
 
+class WithOutput(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.fc, self.make = nn.Linear(3, 2), make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(self.fc(x))
+
+
 def calling(call: Callable[[str], Any]) -> nn.Module:
     """A layer that calls ``call("forward")`` in its forward and ``call("backward")`` in its backward."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,7 +22,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
-from tests.modules import OneLayer
+from tests.modules import OneLayer, WithOutput
 
 
 @dataclasses.dataclass
@@ -106,15 +106,6 @@ OUTPUTS = {
     "with others": lambda h: (h, None, "text", 3, 2.5, True, torch.float32, [], {}, ()),
     "integers beside": lambda h: (h, h.argmax(1), h > 0),
 }
-
-
-class WithOutput(nn.Module):
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.fc, self.make = nn.Linear(3, 2), make
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make(self.fc(x))
 
 
 @pytest.mark.parametrize("num_towers", (1, 3))
@@ -248,51 +239,24 @@ def test_arrays_of_other_shapes_are_told_apart_by_name() -> None:
         wrap(Net(), 2)(batch(9))
 
 
-class Cache:
-    """Made from what it yields, as a transformer's cache of keys and values is."""
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_view_made_without_gradients_is_an_output_that_leads_nowhere(num_towers: int) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            out = self.fc(x)
+            with torch.no_grad():
+                return out, out[:, :1], x[:, 1:]
 
-    def __init__(self, layers: Any = ()) -> None:
-        self.layers = [tuple(layer) for layer in layers]
-
-    def __iter__(self) -> Any:
-        return iter(self.layers)
-
-
-class Grown(Cache):
-    """Of one layer more than the towers before; cannot be told from its elements how."""
-
-    def __init__(self, rows: int, layers: Any) -> None:
-        super().__init__(layers)
-
-
-def test_a_deque_is_joined() -> None:
-    plain, wrapped = twins(WithOutput(lambda h: deque([h, h + 1])), 2)
-    for mine, expected in zip(wrapped(batch(7)), plain(batch(7)), strict=True):
-        assert_close(mine, expected)
-
-
-def test_an_object_is_joined_by_what_it_yields() -> None:
-    net = WithOutput(lambda h: (h, Cache([(h * 2, None), (h + 1, None)])))
-    plain, wrapped = twins(net, 3)
-    for model in (plain, wrapped):
-        out, cache = model(batch(7))
-        assert type(cache) is Cache and [other for _, other in cache] == [None, None]
-        (out.square().sum() + sum((i + 1) * layer.square().sum() for i, (layer, _) in enumerate(cache))).backward()
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        x = batch(7, requires_grad=True)
+        out, part, own = net(x)
+        assert part.requires_grad and part.shape == (7, 1) and own.shape == (7, 2)
+        (out.square().sum() + part.sum() + own.sum()).backward()
+        if net is plain:
+            expected = x.grad
+    assert_close(x.grad, expected)
     assert_same_gradients(wrapped, plain)
-    for (mine, _), (expected, _) in zip(wrapped(batch(7))[1], plain(batch(7))[1], strict=True):
-        assert_close(mine, expected)
-
-
-@pytest.mark.parametrize("output", [lambda h: Grown(len(h), [(h,)]), lambda h: {h}, lambda h: iter([h])])
-def test_objects_that_cannot_be_made_from_what_they_yield_are_refused(output: Any) -> None:
-    with pytest.raises(TypeError, match=r"expected the output to be of tensors in tuples.* that holds tensors"):
-        wrap(WithOutput(output).double(), 2)(batch(7))
-
-
-def test_objects_that_yield_different_numbers_are_told_apart() -> None:
-    net = WithOutput(lambda h: Cache([(h,)] * len(h)))
-    with pytest.raises(ValueError, match=r"expected the output of every tower to be alike, list of .* tower 1's is"):
-        wrap(net.double(), 2)(batch(7))
 
 
 @pytest.mark.parametrize("kind", [AttrDict, UpdatedDict, Squared])

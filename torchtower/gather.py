@@ -41,8 +41,18 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Column]], Iter
     return make(iter(join(columns)))
 
 
-def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Callable[[Iterator[Any]], Any]:
-    """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them."""
+def _take_apart(
+    outputs: Sequence[Any], columns: list[Column], path: str, of_object: bool = False
+) -> Callable[[Iterator[Any]], Any]:
+    """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them.
+
+    Args:
+        outputs: what the towers have there.
+        columns: added to.
+        path: where in the output, for error messages.
+        of_object: it is among what an object yields, which is made anew of it: a 0-d integer (a cache's window) that
+            all towers agree on stays one.
+    """
     first = outputs[0]
     if isinstance(first, Tensor):
         if first.is_nested:
@@ -50,6 +60,8 @@ def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Cal
         for tower, other in enumerate(outputs):
             if not isinstance(other, Tensor):
                 raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
+        if of_object and _is_common_count(outputs):
+            return lambda values: first
         columns.append(Column(path, list(outputs)))
         return next
     children = [None if isinstance(output, PackedSequence) else children_of(output) for output in outputs]
@@ -63,11 +75,22 @@ def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Cal
         if type(output) is not type(first) or child is None or not _same_names(names_of(output), first, names):
             raise ValueError(_differ(path, _tell(first), tower, _tell(output)))
     if isinstance(first, Mapping):  # in whatever order a tower has filled its own
-        children = [[output[name] for name in names] for output in outputs]
+        by_name = [
+            dict(zip(names_of(out), child or (), strict=True)) for out, child in zip(outputs, children, strict=True)
+        ]
+        children = [[found[name] for name in names] for found in by_name]
     fields = zip(*[child for child in children if child is not None], strict=True)
-    makes = [_take_apart(field, columns, f"{path}[{name!r}]") for name, field in zip(names, fields, strict=True)]
+    makes = [
+        _take_apart(field, columns, f"{path}[{name!r}]", of_object) for name, field in zip(names, fields, strict=True)
+    ]
     before = children[0] or []
     return lambda values: rebuild(first, before, [make(values) for make in makes])
+
+
+def _is_common_count(parts: Sequence[Tensor]) -> bool:
+    return (
+        all(not part.dim() and not part.is_floating_point() for part in parts) and len({p.item() for p in parts}) == 1
+    )
 
 
 def check_rows_fit(column: Column, dim: int) -> None:
@@ -108,17 +131,21 @@ def _take_apart_elements(outputs: Sequence[Any], columns: list[Column], path: st
     first = outputs[0]
     kind = type(first)
     refusal = TypeError(
-        f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be "
-        f"joined, but got a {kind.__name__} that holds tensors; return these"
+        f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be joined, "
+        f"but got a {kind.__name__} that holds tensors; return these, or leave it out (transformers: use_cache=False)"
     )
     if not hasattr(kind, "__iter__") or isinstance(first, (Iterator, Set, PackedSequence)):
-        raise refusal
-    if not any(map(_holds_tensors, first)):  # it yields something else, its keys say
         raise refusal
     for tower, other in enumerate(outputs):
         if type(other) is not kind:
             raise ValueError(_differ(path, f"a {kind.__name__}", tower, f"a {type(other).__name__}"))
-    make_elements = _take_apart([list(iter(output)) for output in outputs], columns, path)
+    try:
+        yielded = [list(iter(output)) for output in outputs]
+    except Exception as error:
+        raise refusal from error
+    if not any(map(_holds_tensors, yielded[0])):  # something else, its keys say
+        raise refusal
+    make_elements = _take_apart(yielded, columns, path, of_object=True)
 
     def make(values: Iterator[Any]) -> Any:
         elements = make_elements(values)
@@ -134,7 +161,7 @@ def _check_same_everywhere(outputs: Sequence[Any], path: str) -> None:
     first = outputs[0]
     for tower, other in enumerate(outputs):
         if other is not first and (type(other) is not type(first) or not _equal(first, other)):
-            raise ValueError(_differ(path, repr(first), tower, repr(other)))
+            raise ValueError(_differ(path, repr(first), tower, repr(other)) + "; tensors may differ, and are joined")
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -193,7 +220,9 @@ def _tell(value: Any) -> str:
     children = children_of(value)
     if children is None or isinstance(value, Tensor):
         return type(value).__name__
-    return f"{type(value).__name__} of {names_of(value)}"
+    kind = type(value).__name__
+    names = names_of(value)
+    return f"{kind} of length {len(names)}" if names == list(range(len(names))) else f"{kind} of {names}"
 
 
 def _differ(path: str, expected: str, tower: int, got: str) -> str:

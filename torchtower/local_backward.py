@@ -29,9 +29,14 @@ class Root(NamedTuple):
 
 def root_of(output: Grad) -> Root | None:
     """None where nothing can go backward."""
-    if output is None or not output.requires_grad:
+    if output is None or not output.requires_grad or _is_cut_off(output):
         return None
     return Root(get_gradient_edge(output), output.device)
+
+
+def _is_cut_off(output: Tensor) -> bool:
+    """Whether this is a view without a graph of something that has one: made under ``no_grad``."""
+    return output.grad_fn is None and output._is_view() and output._base.requires_grad  # type: ignore[union-attr]
 
 
 def local_backward(

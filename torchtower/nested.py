@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from itertools import chain
@@ -64,10 +65,9 @@ def children_of(value: Any) -> list[Any] | None:
             "TowerParallel: expected tensors that can be split by rows, but got a PackedSequence; "
             "pass the padded tensor and its lengths, and pack inside the module"
         )
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (tuple, list)):
-        return list(value)
+    if isinstance(value, (tuple, list, Mapping)):
+        entries = _entries(value)
+        return entries + [vars(value)[name] for name in _attributes(value, entries)]
     if isinstance(value, SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         return [getattr(value, name) for name in _fields(value)]
     return None
@@ -75,11 +75,25 @@ def children_of(value: Any) -> list[Any] | None:
 
 def names_of(value: Any) -> list[Any]:
     """By which keys, positions or names a container's values are reached, in the order of `children_of`."""
-    if isinstance(value, Mapping):
-        return list(value)
-    if isinstance(value, (tuple, list)):
-        return list(getattr(value, "_fields", range(len(value))))
+    if isinstance(value, (tuple, list, Mapping)):
+        entries = _entries(value)
+        keys = value.keys() if isinstance(value, Mapping) else getattr(value, "_fields", range(len(entries)))
+        return [*keys, *_attributes(value, entries)]
     return _fields(value)
+
+
+def _entries(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, Mapping) else value)
+
+
+def _attributes(value: Any, entries: list[Any]) -> list[str]:
+    """Which attributes of a container hold tensors that are no entries, under names that are no keys."""
+    attributes = getattr(value, "__dict__", None)
+    if not attributes or attributes is value:
+        return []
+    known = set(map(id, entries))
+    names = [name for name, part in attributes.items() if isinstance(part, Tensor) and id(part) not in known]
+    return [name for name in names if name not in value.keys()] if isinstance(value, Mapping) else names  # noqa: SIM118
 
 
 def _fields(value: Any) -> list[str]:
@@ -115,18 +129,33 @@ def rebuild(value: Any, before: list[Any], children: list[Any]) -> Any:
         and all(map(is_, before, children))
     ):
         return value
+    if not isinstance(value, (tuple, list, Mapping)):
+        return _rebuild_record(value, children)
+    attributes = _attributes(value, _entries(value))
+    count = len(children) - len(attributes)
+    rebuilt = _rebuild_entries(value, before[:count], children[:count])
+    for name, old, child in zip(attributes, before[count:], children[count:], strict=True):
+        if vars(rebuilt).get(name, old) is old:  # else its class has made it of the new entries
+            vars(rebuilt)[name] = child
+    return rebuilt
+
+
+def _rebuild_entries(value: Any, before: list[Any], children: list[Any]) -> Any:
     if isinstance(value, Mapping):
         return _rebuild_mapping(value, before, children)
     if isinstance(value, tuple):
         return _rebuild_tuple(value, children)
-    if is_record(value) and kind is not SimpleNamespace:  # none of the class's own code is run
-        rebuilt = object.__new__(kind)
+    rebuilt = copy.copy(value)
+    rebuilt[:] = children
+    return rebuilt
+
+
+def _rebuild_record(value: Any, children: list[Any]) -> Any:
+    if is_record(value) and type(value) is not SimpleNamespace:  # none of the class's own code is run
+        rebuilt = object.__new__(type(value))
         vars(rebuilt).update(vars(value))
     else:
         rebuilt = copy.copy(value)
-    if isinstance(value, list):
-        rebuilt[:] = children
-        return rebuilt
     for name, child in zip(_fields(value), children, strict=True):
         object.__setattr__(rebuilt, name, child)  # frozen dataclasses refuse setattr
     return rebuilt
@@ -149,20 +178,25 @@ def _rebuild_tuple(value: tuple[Any, ...], children: list[Any]) -> Any:
 
 
 def _rebuild_mapping(value: Mapping[Any, Any], before: list[Any], children: list[Any]) -> Any:
-    changes = [(k, old, new) for k, old, new in zip(value, before, children, strict=True) if new is not old]
+    keys = list(value.keys())
+    changes = [(k, old, new) for k, old, new in zip(keys, before, children, strict=True) if new is not old]
     owned = [(key, old) for key, old, _ in changes if value[key] is old]  # a mapping may make its values at each access
-    rebuilt = _written_copy(value, changes) if isinstance(value, MutableMapping) else None
-    if rebuilt is None:
-        rebuilt = type(value)(dict(zip(value, children, strict=True)))  # type: ignore[call-arg]
-    is_apart = all(value[key] is old for key, old in owned)
-    if is_apart and all(key in rebuilt for key, _, _ in changes):
-        return rebuilt
-    if not is_apart and isinstance(value, MutableMapping):
-        value.update(owned)
-    raise TypeError(
+    refusal = TypeError(
         f"TowerParallel: expected a {type(value).__name__} to be one that can be made anew of other values, but what "
         "came of it does not hold them, or is not apart from the first; use a dict"
     )
+    try:
+        rebuilt = _written_copy(value, changes) if isinstance(value, MutableMapping) else None
+        if rebuilt is None:
+            rebuilt = type(value)(dict(zip(keys, children, strict=True)))  # type: ignore[call-arg]
+    except Exception as error:
+        raise refusal from error
+    is_apart = all(value[key] is old for key, old in owned)
+    if is_apart and all(key in rebuilt.keys() for key, _, _ in changes):  # noqa: SIM118  (a TensorDict has no `in`)
+        return rebuilt
+    if not is_apart and isinstance(value, MutableMapping):
+        value.update(owned)
+    raise refusal
 
 
 def _written_copy(value: MutableMapping[Any, Any], changes: list[tuple[Any, Any, Any]]) -> Any:
@@ -180,5 +214,8 @@ def _written_copy(value: MutableMapping[Any, Any], changes: list[tuple[Any, Any,
             rebuilt[key] = new
             if isinstance(new, Tensor) and attributes.get(key) is old:  # an attribute, too
                 rebuilt.__dict__[key] = new
+        if isinstance(rebuilt, OrderedDict):  # a class may copy itself in another order
+            for key in value:
+                OrderedDict.move_to_end(rebuilt, key)
         return rebuilt
     return None
