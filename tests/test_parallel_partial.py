@@ -134,3 +134,26 @@ def test_a_vectorised_jacobian_agrees() -> None:
     plain, wrapped = twins(mlp(), 2)
     jacobian: Any = torch.autograd.functional.jacobian
     assert_close(jacobian(wrapped, batch(4), vectorize=True), jacobian(plain, batch(4), vectorize=True))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@pytest.mark.parametrize("towers", TOWERS)
+def test_gradients_mapped_over_by_vmap_agree(towers: int, style: str, chunk_size: int | None) -> None:
+    plain, wrapped = twins(mlp(), towers)
+    found = []
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        x = batch(5, requires_grad=True)
+        if style == "tower_loss" and net is wrapped:
+            out = wrapped.tower_loss(lambda replica, x: replica(x).mean(), x)[None]
+        else:
+            out = net(x).mean(0) if style == "drop-in" else net(x).mean()[None]
+        wanted = [x, *module.parameters()]
+        each = torch.vmap(
+            lambda way, out=out, wanted=wanted: torch.autograd.grad(out, wanted, way, retain_graph=True),
+            chunk_size=chunk_size,
+        )
+        found.append(each(torch.eye(len(out), dtype=torch.float64)))
+        found[-1] += torch.autograd.grad(out.sum(), wanted)
+    for mine, expected in zip(found[1], found[0], strict=True):
+        assert_close(mine, expected)

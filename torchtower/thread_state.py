@@ -39,13 +39,18 @@ def transforming() -> bool:
     No other thread can take part then.
     """
     return (
-        _C._functorch.maybe_current_level() is not None
+        has_levels()
         or forward_ad._current_level >= 0
         or _C._is_tracing()
         or torch.compiler.is_exporting()
         or is_fx_symbolic_tracing()
         or _C._get_dispatch_mode(_C._TorchDispatchModeKey.FAKE) is not None
     )
+
+
+def has_levels() -> bool:
+    """Whether this thread is within a transform of `torch.func`, which no other thread can be brought into."""
+    return _C._functorch.maybe_current_level() is not None
 
 
 def without_parametrization_cache(work: Callable[[], Result]) -> Result:

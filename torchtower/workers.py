@@ -23,7 +23,7 @@ from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_
 from torchtower.generators import Seeds, TowerGenerators
 from torchtower.local_backward import empty_queue, make_last_node
 from torchtower.rounds import Round, become_tower
-from torchtower.thread_state import ThreadState, without_parametrization_cache
+from torchtower.thread_state import ThreadState, has_levels, without_parametrization_cache
 from torchtower.tower_random import draw_from, intercept_draws
 
 Job = Callable[[], Any]
@@ -87,6 +87,9 @@ class TowerPool:
         """
         if sys.is_finalizing():  # threads do not run any more
             raise RuntimeError("TowerParallel: expected to be used before the interpreter shuts down")
+        if has_levels():  # a backward within torch.vmap
+            with torch.autograd.set_multithreading_enabled(False):  # as in a tower's thread
+                return [job() for job in jobs]
         state = ThreadState(self.devices)
         seeds = Seeds(self.devices[0])
 

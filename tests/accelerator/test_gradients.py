@@ -417,3 +417,17 @@ def test_what_is_trained_on_the_cpu_in_an_attribute_has_the_plain_gradient(devic
         for sgd in sgds:
             sgd.step()
             sgd.zero_grad()
+
+
+@every_layout
+def test_gradients_are_mapped_over_by_vmap(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    found = []
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        out = net(rows(5)).mean(0)
+        ways = torch.eye(2, dtype=out.dtype, device=out.device)
+        wanted = list(module.parameters())
+        each = lambda way, out=out, wanted=wanted: torch.autograd.grad(out, wanted, way, retain_graph=True)  # noqa: E731
+        found.append(torch.vmap(each)(ways))
+    for mine, expected in zip(found[1], found[0], strict=True):
+        assert_same_values(mine, expected)
