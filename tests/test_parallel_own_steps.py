@@ -171,6 +171,20 @@ def test_a_forward_may_write_into_its_slice_whatever_others_have_saved_of_theirs
         out.sum().backward()
 
 
+@pytest.mark.parametrize("buffers", ["main", "mean"])
+def test_shards_without_rows_count_alike(buffers: str) -> None:
+    class Halves(TowerParallel):
+        def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
+            return [(half,) for half in inputs[0].tensor_split(2)], None
+
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double().eval()
+    wrapped = Halves(copy.deepcopy(net), device_ids=["cpu", "cpu"], buffers=buffers)
+    for x in (batch(0), batch(5)):
+        assert_close(wrapped(x), net(x))
+    for ours, theirs in zip(wrapped.module.buffers(), net.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 # ---- gather
 
 

@@ -40,12 +40,18 @@ def cut(batch: Any, num_towers: int, dim: int) -> Shards:
 
 
 def given(batches: Sequence[Any], dim: int) -> Shards:
-    """Shards that are there already, one a tower, each with as many rows as its longest tensor has along ``dim``."""
+    """Shards that are there already, one a tower.
+
+    Args:
+        batches: nested structures.
+        dim: along which a shard's longest tensor has as many rows as count for it; one where there is none.
+    """
 
     def rows(batch: Any) -> int:
         return max((size for tensor in tensors_in(batch) if (size := size_along(tensor, dim)) >= 0), default=1)
 
-    return Shards(batches, list(map(rows, batches)), None)
+    counts = list(map(rows, batches))
+    return Shards(batches, counts if any(counts) else [1] * len(counts), None)
 
 
 class Shards:
