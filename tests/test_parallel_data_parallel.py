@@ -148,6 +148,7 @@ def test_gather_knows_minus_one_for_the_cpu() -> None:
     assert torch.equal(wrapped.gather([batch(2), batch(3)], -1), torch.cat([batch(2), batch(3)]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_the_steps_keep_the_first_replicas_buffers_as_data_parallel_does(num_towers: int) -> None:
     class Net(nn.Module):
@@ -173,3 +174,11 @@ def test_the_steps_keep_the_first_replicas_buffers_as_data_parallel_does(num_tow
     for ours, theirs in zip(stepwise.module.buffers(), wrapped.module.buffers(), strict=True):
         assert torch.equal(ours, theirs)
     assert stepwise.module.calls == 0
+
+
+def test_the_steps_leave_compiled_modules_as_they_are() -> None:
+    compiled: Any = torch.compile(nn.Linear(3, 2).double(), backend="eager")
+    net = nn.Sequential(compiled, nn.Tanh())
+    stepwise = Stepwise(net, ["cpu", "cpu"])
+    assert_close(stepwise(batch(5)), net(batch(5)))
+    assert len(list(net.parameters())) == 2

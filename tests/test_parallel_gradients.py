@@ -381,6 +381,12 @@ def test_hooks_of_outputs_that_the_loss_leaves_out_are_not_called(num_towers: in
         own.register_hook(lambda grad: grad * 0.5)
         slope.square().sum().backward()
     assert_same_gradients(wrapped, plain)
+    for net in (plain, wrapped):
+        left, right = net(batch(6))
+        seen: list[Tensor | None] = []
+        torch.autograd.graph.register_multi_grad_hook((left, right), seen.extend)
+        left.sum().backward()
+        assert seen[0] is not None and seen[1] is None
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

@@ -89,6 +89,89 @@ def test_an_object_that_a_forward_makes_leads_every_tower_to_its_own(num_towers:
         assert_close(got, wanted)
 
 
+class Slotted:
+    __slots__ = ("__weakref__", "net")
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return Helper.__call__(self, x)  # type: ignore[arg-type]
+
+
+class Registry(dict[str, Any]):
+    def __call__(self, x: Tensor) -> Tensor:
+        return Helper(self["net"])(x)
+
+
+class Singleton(Helper):
+    """One object for ever: its copy is itself."""
+
+    def __copy__(self) -> Singleton:
+        return self
+
+
+HELPERS |= {
+    "with slots": (Slotted, lambda helper: helper),
+    "dict of its own": (lambda net: Registry(net=net), lambda helper: helper),
+    "its own copy": (Singleton, lambda helper: helper),
+}
+
+
+class WarmUp:
+    """A schedule that counts for itself."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.step, self.seen = weight, 0, []
+
+    def __call__(self, out: Tensor) -> Tensor:
+        self.step += 1
+        self.seen.append(self.step)
+        return out * min(self.step, 4) + self.weight.sum()
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_an_object_that_a_forward_makes_keeps_what_the_main_tower_writes_into_it(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.warm_up: Any = None
+            self.last: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.warm_up is None:
+                self.warm_up = WarmUp(self.fc.weight)
+            out = self.warm_up(self.fc(x))
+            self.last = out.detach()
+            return out
+
+    plain, wrapped = twins(Net(), num_towers)
+    for step in range(6):
+        for net in (plain, wrapped):
+            net.train(step != 4)
+            net(batch(8)).square().mean().backward()
+        assert_same_gradients(wrapped, plain)
+    inner: Any = wrapped.module
+    assert inner.warm_up.step == 6 and inner.warm_up.seen == [1, 2, 3, 4, 5, 6]
+    assert inner.warm_up.weight is inner.fc.weight
+    inner.warm_up.step = plain.warm_up.step = 1
+    for net in (plain, wrapped):
+        net(batch(8)).square().mean().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_an_object_that_a_forward_makes_is_known_after_close_and_to_other_wrappers() -> None:
+    plain, wrapped = twins(Lazy(*HELPERS["object"]), 2)
+    another = wrap(wrapped.module, 3)
+    for net in (wrapped, another, wrapped):
+        plain.zero_grad()
+        wrapped.module.zero_grad()
+        plain(batch(6)).square().mean().backward()
+        net.tower_loss(lambda replica, x: replica(x).square().mean(), batch(6)).backward()
+        assert_same_gradients(wrapped, plain)
+        wrapped.close()
+
+
 # ---- hooks
 
 
@@ -208,3 +291,90 @@ def test_a_parameters_hook_that_a_forward_registers_outlives_its_memory(num_towe
             for parameter in net.parameters():
                 parameter.data = parameter.data.clone()
         assert_same_gradients(wrapped, plain)
+
+
+class Toggling(OneLayer):
+    """Changes its hooks in every forward, in a way of its own."""
+
+    def __init__(self, change: Callable[[Any, int], None]) -> None:
+        super().__init__()
+        self.change, self.calls = change, 0
+        self.handles: list[Any] = []
+        self.handle: Any = None
+
+    def register(self, hook: Callable[..., Any], **options: Any) -> Any:
+        return self.fc.register_forward_hook(hook, **options)
+
+    def forward(self, x: Tensor) -> Any:
+        self.change(self, self.calls)
+        self.calls += 1
+        return self.fc(x)
+
+
+def _double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out * 2
+
+
+def _add(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out + 8
+
+
+def _later_removed(net: Any, call: int) -> None:
+    if call == 0:
+        net.handle = net.register(_double)
+    elif call == 2:
+        net.handle.remove()
+
+
+def _on_and_off(net: Any, call: int) -> None:
+    if net.handle is None:
+        net.handle = net.register(_double)
+    else:
+        net.handle.remove()
+        net.handle = None
+
+
+def _anew(net: Any, call: int) -> None:
+    while net.handles:
+        net.handles.pop().remove()
+    net.handles.append(net.register(_double))
+
+
+def _put_before(net: Any, call: int) -> None:
+    if call == 0:
+        net.register(_double)
+    elif call == 1:
+        net.register(_add, prepend=True)
+
+
+@pytest.mark.parametrize("change", [_later_removed, _on_and_off, _anew, _put_before])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_hooks_come_and_go_in_forwards_as_in_the_plain_module(num_towers: int, change: Any) -> None:
+    plain, wrapped = twins(Toggling(change), num_towers)
+    for call in range(5):
+        for net in (plain, wrapped):
+            net.train(call != 3)
+            net(batch(7)).square().sum().backward()
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+        assert_same_gradients(wrapped, plain)
+        assert list(wrapped.module.fc._forward_hooks.values()) == list(plain.fc._forward_hooks.values())
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_hook_of_the_users_that_a_forward_removes_is_not_called_in_it(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.handle = self.fc.register_forward_hook(_double)
+            self.last: Any = None
+
+        def forward(self, x: Tensor) -> Any:
+            self.handle.remove()
+            out = self.last = self.fc(x)
+            return out
+
+    plain, wrapped = Net().double(), wrap(Net().double(), num_towers)
+    wrapped.module.load_state_dict(plain.state_dict())
+    for _ in range(3):
+        assert_close(wrapped(batch(6)), plain(batch(6)))
+    assert not wrapped.module.fc._forward_hooks

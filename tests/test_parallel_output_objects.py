@@ -115,6 +115,27 @@ CONTAINERS_WITH_ATTRIBUTES: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("make", CONTAINERS_WITH_ATTRIBUTES)
 @pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_tensor_in_an_attribute_of_a_container_may_be_an_entry_too(
+    num_towers: int, make: Callable[[Any], Any]
+) -> None:
+    class Net(OneLayer):
+        def forward(self, given: Any) -> Any:
+            result = make(self.fc(given.main))
+            result.main = result["y"] if hasattr(result, "keys") else result[0]
+            return result
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        given = make(batch(7))
+        given.main = given["y"] if hasattr(given, "keys") else given[0]
+        out = net(given)
+        assert out.main is (out["y"] if hasattr(out, "keys") else out[0]) and out.main.shape == (7, 2)
+        out.main.square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("make", CONTAINERS_WITH_ATTRIBUTES)
+@pytest.mark.parametrize("num_towers", SEVERAL)
 def test_tensors_in_attributes_of_containers_are_split_and_joined(num_towers: int, make: Callable[[Any], Any]) -> None:
     class Net(OneLayer):
         def forward(self, given: Any) -> Any:

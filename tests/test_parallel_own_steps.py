@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -234,6 +235,55 @@ def test_an_own_gather_may_join_what_torch_cannot() -> None:
     assert out.shape == (6, 3) and not out[0, 1] and out[5].all()
     out.sum().backward()
     assert wrapped.module.fc.weight.grad.abs().sum() > 0
+
+
+class Opaque:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+HOLDERS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "object": (Opaque, lambda held: held.value),
+    "in a list in an object": (lambda x: Opaque([x]), lambda held: held.value[0]),
+    "set": (lambda x: {x}, lambda held: next(iter(held))),
+    "distribution": (lambda x: torch.distributions.Normal(x, 1.0), lambda held: held.mean),
+    "function": (lambda x: lambda: x, lambda held: held()),
+    "packed": (lambda x: nn.utils.rnn.pack_sequence([x]), lambda held: held.data),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_an_own_gather_finds_tensors_in_the_graph_whatever_holds_them(kind: str) -> None:
+    hold, take = HOLDERS[kind]
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            return hold(self.fc(x))
+
+    class Taking(TowerParallel):
+        def gather(self, outputs: Any, output_device: Any) -> Any:
+            return torch.cat([take(output) for output in outputs])
+
+    plain, wrapped = both(Taking, Net(), 3)
+    for _ in range(2):
+        x = batch(7)
+        wrapped(x).square().sum().backward()
+        plain.fc(x).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+
+
+def test_a_scatter_that_goes_with_a_forward_of_its_own_is_not_tower_losses() -> None:
+    class Listed(TowerParallel):  # as PyTorch Geometric's
+        def forward(self, rows: Any) -> Any:
+            return super().parallel_apply([self.module], self.scatter(rows, self.device_ids), None)
+
+        def scatter(self, rows: Any, device_ids: Any) -> Any:  # type: ignore[override]
+            return [(torch.stack(rows),)]
+
+    plain, wrapped = both(Listed, mlp(), 2)
+    assert_close(wrapped(list(batch(4)))[0], plain(batch(4)))
+    loss = wrapped.tower_loss(lambda replica, x: replica(x).square().mean(), batch(4))
+    assert_close(loss, plain(batch(4)).square().mean())
 
 
 @pytest.mark.parametrize("num_towers", SEVERAL)

@@ -193,8 +193,8 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         raise TypeError(f"convert_sync_batchnorm: expected an nn.Module, but got {type(module).__name__}")
     done: dict[nn.Module, nn.Module] = {}
     result = _convert(module, done)
-    replaced = {type(before) for before, after in done.items() if after is not before}
-    lost = [kind.__name__ for kind in replaced if not kind.forward.__module__.startswith("torch.nn.modules.")]
+    replaced = [before for before, after in done.items() if after is not before]
+    lost = {type(norm).__name__ for norm in replaced if not norm.forward.__module__.startswith("torch.nn.modules.")}
     if lost:
         warnings.warn(
             f"convert_sync_batchnorm: the forward of {', '.join(sorted(lost))} is lost; what has taken its place "

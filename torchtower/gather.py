@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from torchtower.nested import children_of, names_of, rebuild
-from torchtower.parts import cell_content
+from torchtower.parts import cell_content, slots_of
 from torchtower.scatter import size_along
 
 
@@ -192,8 +192,7 @@ def _held_by(value: Any) -> list[Any]:
         return list(islice(value.values() if isinstance(value, Mapping) else value, _LARGE))
     if isinstance(value, (tuple, list, set, frozenset, deque)):
         return list(islice(value, _LARGE))
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    parts = [getattr(value, name) for name in slots if isinstance(name, str) and hasattr(value, name)]
+    parts = [getattr(value, name) for name in slots_of(value)]
     parts.extend(getattr(value, "__dict__", {}).values())
     parts.extend(cell_content(cell) for cell in getattr(value, "__closure__", None) or ())
     return parts

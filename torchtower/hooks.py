@@ -49,7 +49,9 @@ class _HooksOfOutput(OrderedDict[int, Any]):
     """Takes the place of the dict that ``Tensor.register_hook`` would make."""
 
     def __setitem__(self, key: int, hook: Any) -> None:
-        super().__setitem__(key, hook if isinstance(hook, _Guard) else _IfDefined(hook))
+        # One of `register_multi_grad_hook` counts the calls of all of its tensors' nodes, and takes None.
+        counts = getattr(hook, "__module__", None) == "torch.autograd.graph"
+        super().__setitem__(key, hook if counts or isinstance(hook, _Guard) else _IfDefined(hook))
 
 
 def spare_hooks_of_outputs(outputs: Iterable[Tensor]) -> None:

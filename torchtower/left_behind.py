@@ -102,9 +102,6 @@ def _write_to_original(main: Replica, written: list[Written], connected: list[tu
         translate = main.to_original()
         for local, main_side in connected:
             translate.add(local, main_side)
-        for item in written:
-            if item.place.kind in ("hooks", "options"):  # the handles refer to these
-                translate.add(item.place.twin, item.place.target)
         write_back(written, translate)
     return [item.module for item in written]
 

@@ -131,12 +131,14 @@ def rebuild(value: Any, before: list[Any], children: list[Any]) -> Any:
         return value
     if not isinstance(value, (tuple, list, Mapping)):
         return _rebuild_record(value, children)
-    attributes = _attributes(value, _entries(value))
-    count = len(children) - len(attributes)
+    count = len(_entries(value))
     rebuilt = _rebuild_entries(value, before[:count], children[:count])
-    for name, old, child in zip(attributes, before[count:], children[count:], strict=True):
-        if vars(rebuilt).get(name, old) is old:  # else its class has made it of the new entries
-            vars(rebuilt)[name] = child
+    attributes = getattr(value, "__dict__", None)
+    if attributes and attributes is not value:
+        new = {id(old): child for old, child in zip(before, children, strict=True)}
+        for name, old in attributes.items():
+            if id(old) in new and vars(rebuilt).get(name, old) is old:  # else its class has made it of the new entries
+                vars(rebuilt)[name] = new[id(old)]
     return rebuilt
 
 
@@ -167,7 +169,6 @@ def _rebuild_tuple(value: tuple[Any, ...], children: list[Any]) -> Any:
     with suppress(Exception):
         rebuilt = make(children)
         if list(map(id, iter(rebuilt))) == list(map(id, children)):
-            # Tensors among its attributes it has made of its new ones.
             if attributes:
                 vars(rebuilt).update((n, part) for n, part in attributes.items() if not isinstance(part, Tensor))
             return rebuilt
@@ -210,10 +211,8 @@ def _written_copy(value: MutableMapping[Any, Any], changes: list[tuple[Any, Any,
             for name, part in attributes.items():
                 if isinstance(part, MutableMapping) and getattr(rebuilt, name, None) is part:
                     rebuilt.__dict__[name] = copy.copy(part)
-        for key, old, new in changes:
+        for key, _, new in changes:
             rebuilt[key] = new
-            if isinstance(new, Tensor) and attributes.get(key) is old:  # an attribute, too
-                rebuilt.__dict__[key] = new
         if isinstance(rebuilt, OrderedDict):  # a class may copy itself in another order
             for key in value:
                 OrderedDict.move_to_end(rebuilt, key)

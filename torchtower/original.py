@@ -19,11 +19,14 @@ from torchtower._extension import same_contents
 from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of
 from torchtower.remote import memory_of
-from torchtower.rewrite import Made
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
 MODULE_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Change only together with one of these.
+HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
 class Watch:
@@ -71,15 +74,11 @@ class Original:
     Args:
         module: the user's module.
         device: the main tower's.
-
-    Attributes:
-        made: objects that forwards have left in it, see `torchtower.rewrite`.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
         self.device = device
-        self.made = Made()
         self.discover()
 
     def discover(self) -> None:

@@ -159,7 +159,7 @@ class TowerParallel(Steps[Module]):
         return run(inputs, kwargs)
 
     def _forward_on_towers(self, inputs: Any, kwargs: Any) -> Any:
-        shards = self._shards(inputs, kwargs)
+        shards = self._shards(inputs, kwargs, self._overrides("scatter"))
         with self._lock:
             result = self._running().run(_call_module, shards)
             if not self._overrides("gather"):
@@ -169,8 +169,8 @@ class TowerParallel(Steps[Module]):
 
     _forward_untraced = untraced(_forward_on_towers)
 
-    def _shards(self, inputs: Any, kwargs: Any) -> Shards:
-        if self._overrides("scatter"):
+    def _shards(self, inputs: Any, kwargs: Any, own_scatter: bool) -> Shards:
+        if own_scatter:
             return given(self._scattered(inputs, kwargs), self.dim)
         return cut((inputs, kwargs or None), self.num_towers, self.dim)
 
@@ -245,7 +245,9 @@ class TowerParallel(Steps[Module]):
         return mean
 
     def _tower_loss_on_towers(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
-        shards = self._shards(batch, kwargs)
+        # One that goes with a forward of its own may take what only that hands to it.
+        own_scatter = self._overrides("scatter") and type(self).forward is TowerParallel.forward
+        shards = self._shards(batch, kwargs, own_scatter)
 
         def call(replica: nn.Module, shard: Any) -> Any:
             own, named = shard
@@ -259,9 +261,8 @@ class TowerParallel(Steps[Module]):
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
             check_alike(pairs)
             check_leads_to_replicas(loss_fn, pairs[0][0], self.module, towers.main_leaves, self._checked)
-            given = [weight for _, weight in pairs]
             rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
-            raw = [row if weight is None else weight for row, weight in zip(rows, given, strict=True)]
+            raw = [row if weight is None else weight for row, (_, weight) in zip(rows, pairs, strict=True)]
             weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
             ports = [Port("shared", self.devices[0])]
             losses = [loss for loss, _ in pairs]

@@ -8,10 +8,12 @@ import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, MutableMapping
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS = (*_DICTS, list, set, deque)
@@ -28,15 +30,40 @@ def is_small_container(value: Any) -> bool:
 
 
 def is_record(value: Any) -> bool:
-    """Whether ``value`` is a dataclass's or a SimpleNamespace, whose attributes towers get copies of.
+    """Whether ``value`` is one whose attributes towers get copies of.
 
-    Only of classes that make their objects as Python does: a singleton, an Enum or a dict is something else besides.
+    A dataclass's or a SimpleNamespace; the handle of a hook; an object of any class that a forward has made for its
+    module. Only of classes that make their objects as Python does: a singleton, an Enum or a dict is something else
+    besides.
     """
     kind = type(value)
     return kind is types.SimpleNamespace or (
-        dataclasses.is_dataclass(kind)
-        and kind.__new__ is object.__new__
-        and not isinstance(value, nn.Module)
+        (dataclasses.is_dataclass(kind) or kind is RemovableHandle or id(value) in _made) and _is_plain(value)
+    )
+
+
+_made: dict[int, weakref.ref[Any]] = {}
+
+
+def note_made(value: Any) -> None:
+    """Let towers get copies of an object that leads to a module from now on: a forward has made it."""
+    key = id(value)
+    if key not in _made:
+        with suppress(TypeError):  # there are no weak references to some
+            _made[key] = weakref.ref(value, lambda reference: _made.pop(key, None))
+
+
+def note_alike(value: Any, twin: Any) -> None:
+    """The same of the copy of an object, if it is one of these."""
+    if id(value) in _made:
+        note_made(twin)
+
+
+def _is_plain(value: Any) -> bool:
+    kind: Any = type(value)
+    return (
+        kind.__new__ is object.__new__
+        and not isinstance(value, (nn.Module, MutableMapping))
         and type(getattr(value, "__dict__", None)) is dict
         and not any(getattr(base, "__slots__", ()) for base in kind.__mro__)
     )
@@ -56,6 +83,16 @@ def is_plain_tuple(kind: type) -> bool:
 
 def parts_of(value: Any) -> list[Any] | None:
     """What a value holds, where copies of such values can be made; None where they cannot."""
+    parts = _parts_of_known(value)
+    return all_parts_of(value) if parts is None and id(value) in _made else parts
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether copies of such a value can be made by its class alone."""
+    return _parts_of_known(value) is None
+
+
+def _parts_of_known(value: Any) -> list[Any] | None:
     kind = type(value)
     if isinstance(value, (Tensor, nn.Module)) or kind is type:
         return None
@@ -80,20 +117,29 @@ def parts_of(value: Any) -> list[Any] | None:
 
 def all_parts_of(value: Any) -> list[Any] | None:
     """As `parts_of`, and of whatever else has entries or attributes."""
-    parts = parts_of(value)
+    parts = _parts_of_known(value)
     if parts is not None or isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
         return parts
     return [part for _, _, part in entries_of(value)]
 
 
 def entries_of(value: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What a foreign object holds: among its items or its attributes, under which key, and what."""
+    """What a foreign object holds: among its items, attributes or slots, under which key, and what."""
     if isinstance(value, MutableMapping):
         yield from (("items", key, part) for key, part in list(islice(value.items(), SMALL)))
     elif isinstance(value, (list, deque)):
         yield from (("items", index, part) for index, part in enumerate(islice(value, SMALL)))
     if type(attributes := getattr(value, "__dict__", None)) is dict:
         yield from (("attributes", name, part) for name, part in list(attributes.items()))
+    for name in slots_of(value):
+        yield "slots", name, getattr(value, name)
+
+
+def slots_of(value: Any) -> list[str]:
+    """Those of an object's slots that are filled."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = chain.from_iterable([each] if isinstance(each, str) else each for each in slots)
+    return [name for name in dict.fromkeys(names) if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
 
 
 def tensors_within(value: Any) -> list[Tensor]:

@@ -15,16 +15,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from torchtower.original import MODULE_DICTS, dicts_of
+from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
 from torchtower.parts import container_of, parts_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import is_scripted
 
 # Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Change only together with one of these.
-_HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 _CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
 _DELETED = object()
 
@@ -68,6 +65,9 @@ def write_back(written: Sequence[Written], translate: Translation) -> None:
             _set_contents(target, translate(value))
         else:
             target[name] = translate(value)
+        if place.kind == "hooks":  # one may have been put before others
+            for key in filter(target.__contains__, list(place.twin)):
+                target.move_to_end(key)
 
 
 def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
@@ -77,7 +77,7 @@ def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
     yield _place("attributes", module.__dict__, twin.__dict__)
     for name in _WRITTEN_DICTS:
         yield _place("structure", module.__dict__[name], twin.__dict__[name])
-    for kind, names in (("hooks", _HOOKS), ("options", _HOOK_OPTIONS)):
+    for kind, names in (("hooks", HOOKS), ("options", HOOK_OPTIONS)):
         for name in names:
             yield _place(kind, module.__dict__[name], twin.__dict__[name])
     seen: set[int] = set()

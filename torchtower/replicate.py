@@ -17,6 +17,7 @@ what it does not need, an earlier backward may have freed it.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torchtower.devices import move
 from torchtower.graphs import writable
 from torchtower.node import is_connected
-from torchtower.original import MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
+from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.places import Place, Written, places_of
 from torchtower.remote import RemoteStorage, addresses_of, copy_together, memory_of, version_of
 from torchtower.rewrite import Translation
@@ -57,7 +58,7 @@ class Replica:
         self._original = original
         self._is_main = is_main
         self._remote = None if aliases else RemoteStorage(device)
-        self._to_replica = Translation(original.made)
+        self._to_replica = Translation()
         self._memory: dict[int, Any] = {}  # of each of the original's parameters, by its id, when leaves were made
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
@@ -73,8 +74,7 @@ class Replica:
 
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
-        before = self._to_replica
-        self._to_replica = Translation(self._original.made, copy_containers=not self._is_main)
+        before, self._to_replica = self._to_replica, Translation(copy_containers=not self._is_main)
         self._places.clear()
         self._links.clear()
         self._met.clear()
@@ -83,6 +83,9 @@ class Replica:
             if twin is None:
                 twin = twin_of(module) if is_scripted(module) else object.__new__(type(module))
             self._to_replica.add(module, twin)
+            if not is_scripted(module):
+                for name in (*HOOKS, *HOOK_OPTIONS):  # to which the handles of hooks refer
+                    self._to_replica.add(module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict()))
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
         known, self._sources = self._sources, []
@@ -256,12 +259,18 @@ class Replica:
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""
-        back = Translation(self._original.made, deep=True)
+        back = Translation(deep=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             back.add(self._to_replica.get(source), source)
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
+        for module in self._original.modules:
+            if not is_scripted(module):
+                twin = self._to_replica.get(module)
+                for name in (*HOOKS, *HOOK_OPTIONS):
+                    if twin.__dict__[name]:
+                        back.add(twin.__dict__[name], module.__dict__[name])
         return back
 
 

@@ -12,11 +12,9 @@ import functools
 import sys
 import types
 import weakref
-from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from torchtower.parts import (
     ATOMS,
@@ -26,12 +24,13 @@ from torchtower.parts import (
     cell_content,
     container_of,
     entries_of,
+    is_foreign,
     is_plain_tuple,
     is_record,
+    note_alike,
+    note_made,
     parts_of,
 )
-
-Made = weakref.WeakValueDictionary[int, Any]
 
 
 class _Pair:
@@ -50,14 +49,11 @@ class Translation:
             to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
             that is translated: a hook may collect there.
         deep: look into objects of any class, which a forward may have made for what it leaves behind.
-        made: those that deep translations have copied, by their ids; looked into by the others, too. A helper that a
-            forward makes for its module, once, leads each tower to what is its own.
     """
 
-    def __init__(self, made: Made, *, copy_containers: bool = False, deep: bool = False) -> None:
+    def __init__(self, *, copy_containers: bool = False, deep: bool = False) -> None:
         self.copy_containers = copy_containers
         self.deep = deep
-        self.made = made
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
         # Those met since this was replaced: as long as somebody holds on to one, its copy stays the same.
@@ -98,7 +94,7 @@ class _Copy:
     def __init__(self, translation: Translation, root: Any) -> None:
         self._translation = translation
         self._table = translation.table
-        self._parts_of = all_parts_of if translation.deep else self._parts_of_known
+        self._parts_of = all_parts_of if translation.deep else parts_of
         self._most = MANY if translation.deep else sys.maxsize
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
@@ -125,10 +121,6 @@ class _Copy:
             spreading.extend(new)
         return leading
 
-    def _parts_of_known(self, value: Any) -> list[Any] | None:
-        made = self._translation.made
-        return all_parts_of(value) if made and id(value) in made else parts_of(value)
-
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
         if type(value) in ATOMS:
@@ -141,6 +133,8 @@ class _Copy:
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
+        if self._translation.deep and is_foreign(value):
+            note_made(value)
         if type(value) in CONTAINERS or is_record(value):
             twin = self._done[id(value)] = self._twin_of(value)
             parts = [self.of(part, copy) for part in self._parts_of(value) or ()]
@@ -151,25 +145,29 @@ class _Copy:
                 _refill(twin, parts)
         elif isinstance(value, types.FunctionType):
             self._done[id(value)] = self._function(value)
-        elif parts_of(value) is None:
+        elif is_foreign(value):
             self._done[id(value)] = self._foreign(value)
         else:
             self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in parts_of(value) or ()])
         return self._done[id(value)]
 
     def _foreign(self, value: Any) -> Any:
-        """A copy as its class makes it, with some entries and attributes exchanged."""
+        """A copy as its class makes it, with some of what it holds exchanged."""
         try:
             twin = copying.copy(value)
         except Exception:  # not to be copied: the user's own object then, as it is
             return value
+        if twin is value:
+            return value
         self._done[id(value)] = twin
-        if self._translation.deep and not isinstance(value, RemovableHandle):  # a hook's is one for all towers
-            with suppress(TypeError):  # to some there is no weak reference
-                self._translation.made[id(twin)] = twin
+        note_made(twin)
         for into, key, part in entries_of(value):
             translated = self.of(part, False)
-            if translated is not part:
+            if translated is part:
+                continue
+            if into == "slots":
+                object.__setattr__(twin, key, translated)
+            else:
                 (twin if into == "items" else vars(twin))[key] = translated
         return twin
 
@@ -178,6 +176,7 @@ class _Copy:
         pair = self._translation.pairs.get(id(value))
         if pair is None:
             pair = self._translation.pairs[id(value)] = _Pair(value, _like(value))
+            note_alike(value, pair.twin)
         self._translation.met.append(pair)
         return pair.twin
 

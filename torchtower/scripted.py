@@ -20,6 +20,11 @@ def is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 
 
+def is_optimized(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile`` returns of a module: what is set on it is set on that one."""
+    return type(module).__module__ == "torch._dynamo.eval_frame"
+
+
 def is_training(module: nn.Module) -> bool:
     """``module.training``, which a frozen TorchScript module has not."""
     return bool(getattr(module, "training", False))

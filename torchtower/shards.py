@@ -10,7 +10,7 @@ tower's writes to the batch after the forward, the user's writes to the parts be
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -22,7 +22,7 @@ from torchtower.graphs import is_untouched, writable
 from torchtower.local_backward import NO_LEAF
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.ports import Port
-from torchtower.scatter import Splits, plan_splits, size_along
+from torchtower.scatter import plan_splits, size_along
 
 _MOST_TOLD = 8  # tensors, in an error's note
 
@@ -36,7 +36,7 @@ def cut(batch: Any, num_towers: int, dim: int) -> Shards:
         dim: along which tensors are split.
     """
     splits = plan_splits(tensors_in(batch), num_towers, dim)
-    return Shards([batch] * len(splits.rows), splits.rows, splits)
+    return Shards([batch] * len(splits.rows), splits.rows, splits.parts, dim)
 
 
 def given(batches: Sequence[Any], dim: int) -> Shards:
@@ -48,26 +48,34 @@ def given(batches: Sequence[Any], dim: int) -> Shards:
     """
 
     def rows(batch: Any) -> int:
-        return max((size for tensor in tensors_in(batch) if (size := size_along(tensor, dim)) >= 0), default=1)
+        sizes = [tensor.size(0) if tensor.is_nested else size_along(tensor, dim) for tensor in tensors_in(batch)]
+        return max([size for size in sizes if size >= 0], default=1)
 
     counts = list(map(rows, batches))
-    return Shards(batches, counts if any(counts) else [1] * len(counts), None)
+    return Shards(batches, counts if any(counts) else [1] * len(counts), lambda tensor: [tensor] * len(counts), None)
 
 
 class Shards:
     """The shards of one batch, and how its tensors that need gradients cross the bridge.
 
     Args:
-        batches: what each tower's shard is made from.
+        batches: what each tower's shard is made from, one or the same for each.
         rows: how many each has; towers that have nothing to do are left out.
-        splits: how the batch, the same for all towers, is cut; None where each tower's is its own.
+        parts_of: each tower's part of a tensor; None where all have it whole.
+        dim: along which parts are rows; None where they are whole tensors, one tower's or several towers'.
     """
 
-    def __init__(self, batches: Sequence[Any], rows: list[int], splits: Splits | None) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Any],
+        rows: list[int],
+        parts_of: Callable[[Tensor], list[Tensor] | None],
+        dim: int | None,
+    ) -> None:
         self.rows = rows
         self._batches = batches
-        self._splits = splits
-        self._tensors = tensors_in(batches[0] if splits else list(batches))
+        self._dim = dim
+        self._tensors = tensors_in(list({id(batch): batch for batch in batches}.values()))
         self.main_inputs: list[Tensor] = []
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
@@ -78,7 +86,7 @@ class Shards:
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
         for tensor in self._tensors:
             if id(tensor) not in self._parts:
-                parts = splits.parts(tensor) if splits else [tensor] * len(rows)
+                parts = parts_of(tensor)
                 self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
                 if tensor.requires_grad and torch.is_grad_enabled():
                     self._add_input(tensor, parts)
@@ -86,12 +94,11 @@ class Shards:
     def _add_input(self, tensor: Tensor, parts: list[Tensor] | None) -> None:
         self._port_of[id(tensor)] = len(self.ports)
         self.main_inputs.append(tensor)
-        if parts is None or self._splits is None:
+        if parts is None or self._dim is None:
             self.ports.append(Port("shared", tensor.device))
         else:
-            dim = self._splits.dim
-            sizes = tuple(part.shape[dim] for part in parts)
-            self.ports.append(Port("rows", tensor.device, sizes, dim))
+            sizes = tuple(part.shape[self._dim] for part in parts)
+            self.ports.append(Port("rows", tensor.device, sizes, self._dim))
 
     def take(self, tower: int, device: torch.device) -> tuple[Any, list[Tensor]]:
         """Tower ``tower``'s shard on its device.
@@ -131,9 +138,9 @@ class Shards:
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""
-        if self._splits is None:
+        dim = self._dim
+        if dim is None:
             return ""
-        dim = self._splits.dim
         tensors = {id(tensor): tensor for tensor in self._tensors}
         told = [
             f"{tuple(tensor.shape)} into {[part.shape[dim] for part in parts]}"

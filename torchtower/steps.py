@@ -16,7 +16,7 @@ from torchtower.devices import move, parse_output_device
 from torchtower.gather import Column, cat_rows, gather_structure
 from torchtower.nested import map_tensors, tensors_in
 from torchtower.scatter import Splits, plan_splits
-from torchtower.scripted import is_scripted
+from torchtower.scripted import is_optimized, is_scripted
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -93,7 +93,7 @@ class Steps(nn.DataParallel[Module]):
         scattered = self.scatter(inputs, kwargs, self.device_ids)
         name = f"{type(self).__name__}.scatter"
         try:
-            parts, keywords = [list(side or ()) for side in scattered]
+            parts, keywords = [[] if side is None else list(side) for side in scattered]
         except (TypeError, ValueError):
             raise TypeError(
                 f"{name}: expected to return each tower's inputs and each tower's keyword inputs, two lists, but got "
@@ -112,9 +112,10 @@ class Steps(nn.DataParallel[Module]):
 
 
 def _replica_of(module: Module, *, is_main: bool) -> Module:
-    """A module tree of the same parameters, as shallow as nn.DataParallel's; TorchScript modules stay what they are."""
+    """A module tree of the same parameters, as shallow as nn.DataParallel's; compiled modules stay what they are."""
     twins: dict[nn.Module, Any] = {
-        each: each if is_scripted(each) else each._replicate_for_data_parallel() for each in module.modules()
+        each: each if is_scripted(each) or is_optimized(each) else each._replicate_for_data_parallel()
+        for each in module.modules()
     }
     copies: dict[int, Tensor] = {}
     for each, twin in twins.items():

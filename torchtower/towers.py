@@ -20,14 +20,15 @@ from torchtower.graphs import writable
 from torchtower.held import HeldGradients
 from torchtower.left_behind import LeftBehind, keep_what_was_assigned
 from torchtower.local_backward import requires_grad
-from torchtower.nested import map_tensors, tensors_in
 from torchtower.original import Original
+from torchtower.parts import tensors_within
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
+from torchtower.rewrite import Translation
 from torchtower.rounds import add_note
-from torchtower.scripted import is_training
+from torchtower.scripted import is_optimized, is_training
 from torchtower.shards import Shards
 from torchtower.streams import Streams
 from torchtower.workers import TowerPool
@@ -302,12 +303,21 @@ class ForwardResult:
         return self._towers.bridge(self._shards, weights, self._leaves, ports, outputs)
 
     def connect_each(self) -> list[Any]:
-        """Every tower's output, its tensors in the user's graph where they are."""
-        tensors = list(map(tensors_in, self.outputs))
+        """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""
+        tensors = [
+            list({id(tensor): tensor for tensor in tensors_within(output) if tensor.requires_grad}.values())
+            for output in self.outputs
+        ]
         ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
         columns = [[each if other is own else None for own in tensors for each in own] for other in tensors]
         values = iter(self.connect([1.0] * len(tensors), ports, columns))
-        return [map_tensors(lambda _: next(values), output) for output in self.outputs]
+        connected = []
+        for output, own in zip(self.outputs, tensors, strict=True):
+            translate = Translation(deep=True)
+            for tensor in own:
+                translate.add(tensor, next(values))
+            connected.append(translate(output))
+        return connected
 
 
 def _overwrite(tensor: Tensor, value: Grad) -> None:
@@ -321,7 +331,7 @@ def _overwrite(tensor: Tensor, value: Grad) -> None:
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:
     return any(
         module._compiled_call_impl is not None  # module.compile()
-        or type(module).__module__ == "torch._dynamo.eval_frame"  # torch.compile(module)
+        or is_optimized(module)  # torch.compile(module)
         or hasattr(module.forward, "_torchdynamo_orig_callable")  # torch.compile(module.forward)
         for module in modules
     )
