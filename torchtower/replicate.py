@@ -259,7 +259,7 @@ class Replica:
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""
-        back = Translation(deep=True)
+        back = Translation(deep=True, left_behind=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             back.add(self._to_replica.get(source), source)

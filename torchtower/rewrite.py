@@ -49,11 +49,13 @@ class Translation:
             to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
             that is translated: a hook may collect there.
         deep: look into objects of any class, which a forward may have made for what it leaves behind.
+        left_behind: note that those which are copied have been made by a forward, see `torchtower.parts`.
     """
 
-    def __init__(self, *, copy_containers: bool = False, deep: bool = False) -> None:
+    def __init__(self, *, copy_containers: bool = False, deep: bool = False, left_behind: bool = False) -> None:
         self.copy_containers = copy_containers
         self.deep = deep
+        self.left_behind = left_behind
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
         # Those met since this was replaced: as long as somebody holds on to one, its copy stays the same.
@@ -133,7 +135,7 @@ class _Copy:
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
-        if self._translation.deep and is_foreign(value):
+        if self._translation.left_behind and is_foreign(value):
             note_made(value)
         if type(value) in CONTAINERS or is_record(value):
             twin = self._done[id(value)] = self._twin_of(value)
@@ -160,7 +162,7 @@ class _Copy:
         if twin is value:
             return value
         self._done[id(value)] = twin
-        note_made(twin)
+        note_alike(value, twin)
         for into, key, part in entries_of(value):
             translated = self.of(part, False)
             if translated is part:
