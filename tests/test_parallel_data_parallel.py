@@ -131,6 +131,13 @@ def test_a_step_overridden_without_the_forward_is_refused(step: str) -> None:
         kind(mlp(), device_ids=["cpu", "cpu"])
 
 
+def test_a_step_put_on_a_wrapper_that_it_never_takes_is_refused() -> None:
+    wrapped = wrap(mlp(), 2)
+    wrapped.replicate = lambda module, device_ids: [module] * len(device_ids)  # as callbacks of replication do
+    with pytest.raises(TypeError, match=r"TowerParallel: expected .* overrides replicate .*convert_sync_batchnorm"):
+        wrapped(batch(4))
+
+
 def test_the_class_is_generic_as_nn_data_parallel_is() -> None:
     kind: Any = TowerParallel[nn.Sequential]
     assert isinstance(kind(mlp(), ["cpu", "cpu"]), TowerParallel)

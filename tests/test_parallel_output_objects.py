@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, deque
+import dataclasses
+from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,6 @@ from tests.helpers import (
     wrap,
 )
 from tests.modules import OneLayer, WithOutput
-from torchtower import current_tower
 
 
 class Cache:
@@ -168,17 +168,28 @@ class WindowedCache:
         return iter([(keys, torch.tensor(window)) for keys, window in self.layers])
 
 
-def test_a_number_that_an_object_yields_stays_one_where_towers_agree_on_it() -> None:
+def test_a_cache_that_cannot_be_made_of_what_is_joined_is_refused_in_words() -> None:
     class Net(OneLayer):
-        def forward(self, x: Tensor, window: Any) -> Any:
-            return WindowedCache([(self.fc(x), torch.tensor(window or current_tower()))])
+        def forward(self, x: Tensor) -> Any:
+            return WindowedCache([(self.fc(x), torch.tensor(8))])
+
+    with pytest.raises(TypeError, match="a WindowedCache that holds tensors; return these, or leave it out"):
+        wrap(Net().double(), 2)(batch(7))
+
+
+@pytest.mark.parametrize("make", [namedtuple, dataclasses.make_dataclass])
+def test_a_class_that_every_forward_makes_anew_is_one(make: Any) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            out = self.fc(x)
+            return make("Outputs", ["left", "right"])(out, 2 * out)
 
     plain, wrapped = twins(Net(), 3)
-    ((keys, window),) = wrapped(batch(7), 8).layers
-    assert window == 8
-    assert_close(keys, plain(batch(7), 8).layers[0][0])
-    with pytest.raises(TypeError, match="a WindowedCache that holds tensors"):
-        wrapped(batch(7), None)
+    for net in (plain, wrapped):
+        out = net(batch(7))
+        assert type(out).__name__ == "Outputs" and out.left.shape == (7, 2)
+        (out.left.square().sum() + out.right.sum()).backward()
+    assert_same_gradients(wrapped, plain)
 
 
 def test_an_object_that_does_not_say_what_it_holds_is_refused_in_words() -> None:

@@ -41,18 +41,8 @@ def gather_structure(outputs: Sequence[Any], join: Callable[[list[Column]], Iter
     return make(iter(join(columns)))
 
 
-def _take_apart(
-    outputs: Sequence[Any], columns: list[Column], path: str, of_object: bool = False
-) -> Callable[[Iterator[Any]], Any]:
-    """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them.
-
-    Args:
-        outputs: what the towers have there.
-        columns: added to.
-        path: where in the output, for error messages.
-        of_object: it is among what an object yields, which is made anew of it: a 0-d integer (a cache's window) that
-            all towers agree on stays one.
-    """
+def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Callable[[Iterator[Any]], Any]:
+    """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them."""
     first = outputs[0]
     if isinstance(first, Tensor):
         if first.is_nested:
@@ -60,8 +50,6 @@ def _take_apart(
         for tower, other in enumerate(outputs):
             if not isinstance(other, Tensor):
                 raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
-        if of_object and _is_common_count(outputs):
-            return lambda values: first
         columns.append(Column(path, list(outputs)))
         return next
     children = [None if isinstance(output, PackedSequence) else children_of(output) for output in outputs]
@@ -72,25 +60,18 @@ def _take_apart(
         return lambda values: first
     names = names_of(first)
     for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
-        if type(output) is not type(first) or child is None or not _same_names(names_of(output), first, names):
-            raise ValueError(_differ(path, _tell(first), tower, _tell(output)))
+        if not _is_of_kind(output, first) or child is None or not _same_names(names_of(output), first, names):
+            hint = "; stack what is one a row" if type(output) is type(first) is list else ""
+            raise ValueError(_differ(path, _tell(first), tower, _tell(output)) + hint)
     if isinstance(first, Mapping):  # in whatever order a tower has filled its own
         by_name = [
             dict(zip(names_of(out), child or (), strict=True)) for out, child in zip(outputs, children, strict=True)
         ]
         children = [[found[name] for name in names] for found in by_name]
     fields = zip(*[child for child in children if child is not None], strict=True)
-    makes = [
-        _take_apart(field, columns, f"{path}[{name!r}]", of_object) for name, field in zip(names, fields, strict=True)
-    ]
+    makes = [_take_apart(field, columns, f"{path}[{name!r}]") for name, field in zip(names, fields, strict=True)]
     before = children[0] or []
     return lambda values: rebuild(first, before, [make(values) for make in makes])
-
-
-def _is_common_count(parts: Sequence[Tensor]) -> bool:
-    return (
-        all(not part.dim() and not part.is_floating_point() for part in parts) and len({p.item() for p in parts}) == 1
-    )
 
 
 def check_rows_fit(column: Column, dim: int) -> None:
@@ -119,6 +100,16 @@ def _without(tensor: Tensor, dim: int) -> list[int]:
     return sizes
 
 
+def _is_of_kind(value: Any, first: Any) -> bool:
+    """Whether two are of one class, or of two made alike (a named tuple's, in every forward)."""
+    kind, other = type(value), type(first)
+    return kind is other or (kind.__module__, kind.__qualname__, kind.__bases__) == (
+        other.__module__,
+        other.__qualname__,
+        other.__bases__,
+    )
+
+
 def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
     return names == expected or (isinstance(first, Mapping) and set(names) == set(expected))
 
@@ -132,7 +123,8 @@ def _take_apart_elements(outputs: Sequence[Any], columns: list[Column], path: st
     kind = type(first)
     refusal = TypeError(
         f"TowerParallel: expected {path} to be of tensors in tuples, lists, dicts or dataclasses, which can be joined, "
-        f"but got a {kind.__name__} that holds tensors; return these, or leave it out (transformers: use_cache=False)"
+        f"but got a {kind.__name__} that holds tensors; return these"
+        + (", or leave it out (transformers: use_cache=False)" if kind.__name__.endswith("Cache") else "")
     )
     if not hasattr(kind, "__iter__") or isinstance(first, (Iterator, Set, PackedSequence)):
         raise refusal
@@ -145,7 +137,7 @@ def _take_apart_elements(outputs: Sequence[Any], columns: list[Column], path: st
         raise refusal from error
     if not any(map(_holds_tensors, yielded[0])):  # something else, its keys say
         raise refusal
-    make_elements = _take_apart(yielded, columns, path, of_object=True)
+    make_elements = _take_apart(yielded, columns, path)
 
     def make(values: Iterator[Any]) -> Any:
         elements = make_elements(values)

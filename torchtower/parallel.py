@@ -159,6 +159,7 @@ class TowerParallel(Steps[Module]):
         return run(inputs, kwargs)
 
     def _forward_on_towers(self, inputs: Any, kwargs: Any) -> Any:
+        self._check_steps(TowerParallel.forward)  # one may have been put on this very wrapper
         shards = self._shards(inputs, kwargs, self._overrides("scatter"))
         with self._lock:
             result = self._running().run(_call_module, shards)

@@ -77,7 +77,7 @@ class Steps(nn.DataParallel[Module]):
             raise TypeError(
                 f"{type(self).__name__}: expected a subclass that overrides {overridden[0]} to override forward, too, "
                 "since TowerParallel's forward keeps its replicas and runs them in threads of their own; it calls no "
-                "step of nn.DataParallel's but scatter and gather"
+                "step of nn.DataParallel's but scatter and gather (convert_sync_batchnorm synchronises norms)"
             )
 
     def _overrides(self, step: str) -> bool:
