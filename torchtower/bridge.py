@@ -116,12 +116,15 @@ class Inputs(NamedTuple):
         main: the user's tensors, one a port.
         leaves: the towers', tower-major; `NO_LEAF` where a tower has none.
         requires_grad: which of these required gradients when the forward ran.
+        replaced: indices of tensors that attributes held until the forward put others in their place: an autograd
+            function, which may depend on anything, is taken not to depend on these unless the graph says so.
     """
 
     ports: Ports
     main: list[Tensor]
     leaves: list[list[Tensor]]
     requires_grad: list[list[bool]]
+    replaced: frozenset[int]
 
     def chosen(self, kept: list[int]) -> Inputs:
         """These of them."""
@@ -132,7 +135,8 @@ class Inputs(NamedTuple):
             return [several[index] for index in kept]
 
         ports = Ports(of(self.ports.all))
-        return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)))
+        replaced = frozenset(index for index, old in enumerate(kept) if old in self.replaced)
+        return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)), replaced)
 
 
 def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
@@ -175,15 +179,22 @@ def _groups(
     with_graph = [i for i in range(num_parameters, count) if inputs.main[i].grad_fn is not None]
     if not crossing:
         return []
-    main_leaves = [inputs.leaves[0][i] for i in with_graph]
-    if not with_graph or (len(crossing) == 1 and leads_to(columns[crossing[0]][0], main_leaves)):  # nearly always
+    if not with_graph:  # nearly always
         return [(crossing, list(range(count)))]
+    if len(crossing) == 1:
+        main = inputs.leaves[0]
+        doubtful = {id(main[i]) for i in inputs.replaced}
+        if leads_to(columns[crossing[0]][0], [main[i] for i in with_graph], doubtful):
+            return [(crossing, list(range(count)))]
     groups: dict[tuple[int, ...], list[int]] = {}
-    for branch, leaves in branches([columns[index] for index in crossing]):
-        missing: tuple[int, ...] = ()
-        if leaves is not None:
-            missing = tuple(i for i in with_graph if leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves))
-        groups.setdefault(missing, []).extend(crossing[index] for index in branch)
+    for branch in branches([columns[index] for index in crossing]):
+        missing = tuple(
+            i
+            for i in with_graph
+            if branch.leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves)
+            and not (branch.is_opaque and i not in inputs.replaced)
+        )
+        groups.setdefault(missing, []).extend(crossing[index] for index in branch.outputs)
     return [(group, sorted(set(range(count)) - set(missing))) for missing, group in groups.items()]
 
 
@@ -322,6 +333,7 @@ class Bridge:
             [*first.main, *main_grads],
             [[*a, *b] for a, b in zip(first.leaves, new_leaves, strict=True)],
             [[*a, *requires_grad(b)] for a, b in zip(first.requires_grad, new_leaves, strict=True)],
+            first.replaced,
         )
         local = self._family.plan.pool.run(jobs, weights=self._family.weights)
         return connect_outputs(self._family, second, first.ports.all, local)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,12 +67,18 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
     return towers
 
 
-def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
-    """Whether a backward from ``output`` would come to all of these, or may."""
+def leads_to(output: Grad, leaves: Iterable[Tensor], doubtful: Container[int]) -> bool:
+    """Whether a backward from ``output`` would come to all of these, or may.
+
+    Args:
+        output: of a tower.
+        leaves: of that tower.
+        doubtful: ids of those to which nodes that cannot be looked into are taken not to lead.
+    """
     missing = {id(leaf) for leaf in leaves if leaf is not output}
     for node in _walk([output], stops=()):
         if _is_opaque(node):
-            return True
+            missing = {leaf for leaf in missing if leaf in doubtful}
         if _is_leaf(node):
             missing.discard(id(node.variable))
         if not missing:
@@ -80,14 +86,25 @@ def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
     return not missing
 
 
-def branches(columns: Sequence[Sequence[Grad]]) -> list[tuple[list[int], set[int] | None]]:
+class Branch(NamedTuple):
+    """Some outputs of towers' graphs.
+
+    Args:
+        outputs: their indices.
+        leaves: the ids of the leaves behind them, as far as can be told.
+        is_opaque: whether there may be others.
+    """
+
+    outputs: list[int]
+    leaves: set[int]
+    is_opaque: bool
+
+
+def branches(columns: Sequence[Sequence[Grad]]) -> list[Branch]:
     """Divide outputs into those whose graphs have no more than leaves in common, so that none frees what another needs.
 
     Args:
         columns: every tower's part of each output.
-
-    Returns:
-        Of each branch its outputs' indices, and the ids of the leaves behind them; None where that cannot be told.
     """
     owner: dict[Any, int] = {}  # of each node the first output that leads to it
     joined = list(range(len(columns)))  # each output to an earlier one of its branch
@@ -116,7 +133,7 @@ def branches(columns: Sequence[Sequence[Grad]]) -> list[tuple[list[int], set[int
     for index in range(len(columns)):
         found.setdefault(first(index), []).append(index)
     return [
-        (indices, None if opaque.intersection(indices) else set().union(*[leaves[index] for index in indices]))
+        Branch(indices, set().union(*[leaves[index] for index in indices]), not opaque.isdisjoint(indices))
         for indices in found.values()
     ]
 

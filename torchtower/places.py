@@ -59,6 +59,7 @@ def write_back(written: Sequence[Written], translate: Translation) -> None:
     """Do to the original what the main tower did to its replica."""
     for _, place, name, value in written:
         target = place.target
+        name = translate(name)  # a key may be a module
         if value is _DELETED:
             target.pop(name, None)
         elif name is None:

@@ -63,6 +63,7 @@ class Replica:
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
+        self._hook_dicts: dict[int, tuple[Any, Any]] = {}  # this replica's, by their ids, and the original's
         self._sources: list[Tensor] = []
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
@@ -78,6 +79,7 @@ class Replica:
         self._places.clear()
         self._links.clear()
         self._met.clear()
+        self._hook_dicts.clear()
         for module in self._original.modules:
             twin = before.get(module)
             if twin is None:
@@ -85,7 +87,9 @@ class Replica:
             self._to_replica.add(module, twin)
             if not is_scripted(module):
                 for name in (*HOOKS, *HOOK_OPTIONS):  # to which the handles of hooks refer
-                    self._to_replica.add(module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict()))
+                    source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
+                    self._to_replica.add(source, target)
+                    self._hook_dicts[id(target)] = target, source
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
         known, self._sources = self._sources, []
@@ -203,6 +207,11 @@ class Replica:
             return []
         return [link for module in self._original.modules for link in self._links.get(id(module), ())]
 
+    def tensors_where_links_are(self) -> set[int]:
+        """The ids of the tensors with a graph that attributes of the modules that have links hold now."""
+        linked = [self._to_replica.get(module) for module in self._original.modules if id(module) in self._links]
+        return {id(tensor) for twin in linked for tensor in graph_tensors(twin)}
+
     def _watch_own(self) -> None:
         groups = [self._places[id(module)] for module in self._original.modules]
         self._own = Watch(chain.from_iterable(map(Place.watched, places)) for places in groups)
@@ -265,12 +274,7 @@ class Replica:
             back.add(self._to_replica.get(source), source)
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
-        for module in self._original.modules:
-            if not is_scripted(module):
-                twin = self._to_replica.get(module)
-                for name in (*HOOKS, *HOOK_OPTIONS):
-                    if twin.__dict__[name]:
-                        back.add(twin.__dict__[name], module.__dict__[name])
+        back.table.update(self._hook_dicts)
         return back
 
 

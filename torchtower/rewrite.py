@@ -14,6 +14,7 @@ import types
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchtower.parts import (
@@ -49,7 +50,8 @@ class Translation:
             to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
             that is translated: a hook may collect there.
         deep: look into objects of any class, which a forward may have made for what it leaves behind.
-        left_behind: note that those which are copied have been made by a forward, see `torchtower.parts`.
+        left_behind: note that those which are copied have been made by a forward, see `torchtower.parts`; copy modules
+            of which this is true, too.
     """
 
     def __init__(self, *, copy_containers: bool = False, deep: bool = False, left_behind: bool = False) -> None:
@@ -80,7 +82,7 @@ class Translation:
             return value
         if (entry := self.table.get(id(value))) is not None:
             return entry[1]
-        if isinstance(value, (Tensor, nn.Module)):
+        if isinstance(value, Tensor) or (isinstance(value, nn.Module) and not self.left_behind):
             return value
         return _Copy(self, value).of(value, self.copy_containers)
 
@@ -96,7 +98,7 @@ class _Copy:
     def __init__(self, translation: Translation, root: Any) -> None:
         self._translation = translation
         self._table = translation.table
-        self._parts_of = all_parts_of if translation.deep else parts_of
+        self._parts_of = _parts_left if translation.left_behind else all_parts_of if translation.deep else parts_of
         self._most = MANY if translation.deep else sys.maxsize
         self._done: dict[int, Any] = {}
         self._leading = self._find_leading(root)
@@ -135,6 +137,8 @@ class _Copy:
         if id(value) not in self._leading and not copy:
             return value
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
+        if isinstance(value, nn.Module):
+            return self._module(value)
         if self._translation.left_behind and is_foreign(value):
             note_made(value)
         if type(value) in CONTAINERS or is_record(value):
@@ -152,6 +156,15 @@ class _Copy:
         else:
             self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in parts_of(value) or ()])
         return self._done[id(value)]
+
+    def _module(self, value: nn.Module) -> nn.Module:
+        """A module that a forward has made, of parts of its own module (``nn.Sequential(self.a, self.b)``)."""
+        if isinstance(value, torch.jit.ScriptModule):
+            return value
+        twin: nn.Module = object.__new__(type(value))
+        self._done[id(value)] = twin
+        vars(twin).update((name, self.of(part, True)) for name, part in vars(value).items())
+        return twin
 
     def _foreign(self, value: Any) -> Any:
         """A copy as its class makes it, with some of what it holds exchanged."""
@@ -218,6 +231,10 @@ class _Copy:
         copied.__qualname__ = value.__qualname__
         copied.__dict__.update((name, self.of(part, False)) for name, part in value.__dict__.items())
         return copied
+
+
+def _parts_left(value: Any) -> list[Any] | None:
+    return list(vars(value).values()) if isinstance(value, nn.Module) else all_parts_of(value)
 
 
 def _like(value: Any) -> Any:

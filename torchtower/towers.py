@@ -131,8 +131,8 @@ class Towers:
         finally:
             inner_gradients = self._take_gradients()
             self.went_backward = bool(inner_gradients)
+            self._take_over_flags()
         self._in_turn = False
-        self._take_over_flags()
         self._take_over_data()
         if inner_gradients:
             self._accumulate_inner_gradients(inner_gradients)
@@ -243,7 +243,7 @@ class Towers:
         main_inputs = list(shards.main_inputs)
         for index, _ in overwritten:  # the bridge keeps hold of what they were
             main_inputs[index] = writable(main_inputs[index])
-        linked, link_leaves = self._links(len(outputs))
+        linked, link_leaves, replaced = self._links(len(outputs))
         local_inputs = [
             [*replica.leaves, *links, *own]
             for replica, links, own in zip(self._replicas, link_leaves, leaves, strict=False)
@@ -251,8 +251,14 @@ class Towers:
         in_ports = self._plan.ports
         if linked or main_inputs:
             in_ports = Ports([*in_ports.all, *[Port("shared", tensor.device) for tensor in linked], *shards.ports])
-        all_main = [*self._original.parameters, *linked, *main_inputs]
-        inputs = Inputs(in_ports, all_main, local_inputs, list(map(requires_grad, local_inputs)))
+        parameters = self._original.parameters
+        inputs = Inputs(
+            in_ports,
+            [*parameters, *linked, *main_inputs],
+            local_inputs,
+            list(map(requires_grad, local_inputs)),
+            frozenset(len(parameters) + index for index in replaced),
+        )
         family = Family(self._plan, weights, shards.aliases(), Streams(self.pool.devices), self._held.synchronize)
         values = connect_outputs(family, inputs, ports, local_outputs)
         begin, end = len(out_ports), len(ports) - len(overwritten)
@@ -261,15 +267,17 @@ class Towers:
         self._written_to += left_behind.put(values[begin:end])
         return values[:begin]
 
-    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The tensors with a graph, in attributes; and their leaves, tower-major."""
+    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]], list[int]]:
+        """The tensors with a graph that attributes held, their leaves, tower-major, and which have been replaced."""
         rows = [replica.links() for replica in self._replicas[:num_towers]]
         if not rows[0]:  # nearly always
-            return [], [[]] * num_towers
+            return [], [[]] * num_towers, []
         sources = [link.source() for link in rows[0]]
         alive = [index for index, source in enumerate(sources) if source is not None]
         linked = [source for source in sources if source is not None]
-        return linked, [[links[index].leaf for index in alive] for links in rows]
+        there = self._replicas[0].tensors_where_links_are()
+        replaced = [new for new, old in enumerate(alive) if id(rows[0][old].twin) not in there]
+        return linked, [[links[index].leaf for index in alive] for links in rows], replaced
 
     def _on_backward(self) -> None:
         self._freshness.on_backward()
