@@ -217,3 +217,28 @@ def test_a_hook_of_the_users_that_a_forward_removes_is_not_called_in_it(num_towe
     for _ in range(3):
         assert_close(wrapped(batch(6)), plain(batch(6)))
     assert not wrapped.module.fc._forward_hooks
+
+
+def test_a_hook_of_a_backward_comes_after_one_that_the_user_has_registered_meanwhile() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc.register_forward_hook(lambda module, args, out: out + 1)
+            self.backwards = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            out.register_hook(self.add)
+            return out
+
+        def add(self, grad: Tensor) -> None:
+            self.backwards += 1
+            if self.backwards == 1:
+                self.fc.register_forward_hook(lambda module, args, out: out.square())
+
+    plain, wrapped = twins(Net(), 2)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        out = net(batch(4))
+        inner.fc.register_forward_hook(lambda module, args, out: out * 3)
+        out.sum().backward()
+    assert_close(wrapped(batch(4)), plain(batch(4)))

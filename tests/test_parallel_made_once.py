@@ -287,3 +287,79 @@ def test_what_a_forward_replaces_in_an_attribute_is_no_part_of_the_next_graph(nu
         assert_same_gradients(model, plain)
         counts.append(nodes_behind(wrapped.aux))
     assert counts[1] == counts[-1]
+
+
+class Trainer:
+    """The user's own, which knows the wrapper and is known to the module."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.steps = 0
+
+
+@pytest.mark.parametrize("of", ["wrapper", "module"])
+def test_an_object_of_the_users_that_a_forward_takes_up_stays_the_users(of: str) -> None:
+    class Net(OneLayer):
+        def __init__(self, trainer: Trainer) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            self.given, self.trainer, self.taken = (trainer,), None, []
+
+        def forward(self, x: Tensor) -> Any:
+            self.trainer = self.given[0]
+            self.taken = [*self.taken, self.trainer]
+            return self.norm(self.fc(x))
+
+    trainer = Trainer()
+    net: Any = Net(trainer).double()
+    wrapped = wrap(net, 2)
+    trainer.model = wrapped if of == "wrapper" else net
+    for _ in range(3):
+        wrapped(batch(6)).sum().backward()
+    assert net.trainer is trainer and all(taken is trainer for taken in net.taken)
+    assert trainer.model is (wrapped if of == "wrapper" else net)
+    assert trainer.model(batch(6)).shape == (6, 2)
+
+
+def test_a_made_module_under_two_names_is_one_and_its_hooks_have_handles() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one: Any = None
+
+        def forward(self, x: Tensor) -> Any:
+            if self.one is None:
+                self.one = self.other = nn.Sequential(self.fc, nn.Tanh())
+                self.handle = self.one.register_forward_hook(lambda module, args, out: out * 2)
+            return self.other(x)
+
+    plain, wrapped = twins(Net(), 3)
+    inner: Any = wrapped.module
+    assert_close(wrapped(batch(6)), plain(batch(6)))
+    assert inner.one is inner.other
+    assert_close(wrapped(batch(6)), plain(batch(6)))
+    for net in (plain, inner):
+        net.handle.remove()
+    assert_close(wrapped(batch(6)), plain(batch(6)))
+    assert not inner.one._forward_hooks
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_gradient_to_what_was_replaced_is_an_error_where_it_would_be_lost(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale, self.scale = self.scale, None
+            run = torch.utils.checkpoint.checkpoint
+            out: Tensor = run(lambda x: self.fc(x) * scale, x, use_reentrant=True)
+            return out
+
+    _, wrapped = twins(Net(), num_towers)
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    wrapped.module.scale = weight.exp()
+    out = wrapped(batch(6, requires_grad=True))
+    with pytest.raises(RuntimeError, match="expected what an attribute held, and the forward has replaced"):
+        out.sum().backward()

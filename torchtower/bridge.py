@@ -161,7 +161,8 @@ def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outpu
         return values
     for group, reached in _groups(crossing, columns, inputs, len(family.plan.ports.all)):
         roots = [[root_of(tower[index]) for index in group] for tower in outputs]
-        bridge = Bridge(family, inputs.chosen(reached), [ports[index] for index in group], roots)
+        left_out = [tower[i] for tower in inputs.leaves for i in inputs.replaced.difference(reached)]
+        bridge = Bridge(family, inputs.chosen(reached), [ports[index] for index in group], roots, left_out)
         for index, value in zip(group, bridge.connect([values[index] for index in group]), strict=True):
             values[index] = value
     return values
@@ -206,15 +207,22 @@ class Bridge:
         inputs: what goes in.
         out_ports: of its outputs.
         roots: of the local graphs, where backwards begin, tower-major.
+        left_out: leaves that these are taken not to lead to, see `Inputs`.
     """
 
     def __init__(
-        self, family: Family, inputs: Inputs, out_ports: Sequence[Port], roots: list[list[Root | None]]
+        self,
+        family: Family,
+        inputs: Inputs,
+        out_ports: Sequence[Port],
+        roots: list[list[Root | None]],
+        left_out: list[Tensor],
     ) -> None:
         self._family = family
         self._inputs = inputs
         self._out_ports = out_ports
         self._roots: list[list[Root | None]] | None = roots
+        self._left_out = left_out
         family.bridges.append(weakref.ref(self))
 
     def connect(self, values: Sequence[Grad]) -> tuple[Tensor, ...]:
@@ -285,6 +293,7 @@ class Bridge:
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
         local = plan.pool.run(jobs, weights=family.weights)
+        self._check_left_out()
         if collection is not None:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
@@ -295,6 +304,22 @@ class Bridge:
             local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
         return join(self._inputs.ports, local, family.weights, in_place=asked.all)
+
+    def _check_left_out(self) -> None:
+        """See that none of these has been given a gradient, which would be lost.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        used = [leaf for leaf in self._left_out if leaf.grad is not None]
+        for leaf in used:
+            leaf.grad = None
+        if used:
+            raise RuntimeError(
+                "TowerParallel: expected what an attribute held, and the forward has replaced, to be given to autograd "
+                "functions as an argument, but one (a reentrant checkpoint, say) went backward to it by itself, and "
+                "that gradient would be lost"
+            )
 
     def _wanted(self, asked: Asked) -> list[list[bool]]:
         """Of which local inputs gradients are wanted, tower-major: those that required them when the forward ran."""

@@ -46,7 +46,7 @@ _made: dict[int, weakref.ref[Any]] = {}
 
 
 def note_made(value: Any) -> None:
-    """Let towers get copies of an object that leads to a module from now on: a forward has made it."""
+    """Let towers get copies of an object from now on: it leads to its module, and a forward has made it."""
     key = id(value)
     if key not in _made:
         with suppress(TypeError):  # there are no weak references to some
@@ -142,12 +142,12 @@ def slots_of(value: Any) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
 
 
-def tensors_within(value: Any) -> list[Tensor]:
-    """The tensors in what a forward has left behind, however deep; of a large program of objects the first ones."""
+def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
+    """The tensors in a value, however deep; where it leads to more than so many objects, some of them."""
     found: list[Tensor] = []
     seen: set[int] = set()
     pending = [value]
-    while pending and len(seen) < MANY:
+    while pending and len(seen) < most:
         part = pending.pop()
         if isinstance(part, Tensor):
             found.append(part)

@@ -66,18 +66,25 @@ def write_back(written: Sequence[Written], translate: Translation) -> None:
             _set_contents(target, translate(value))
         else:
             target[name] = translate(value)
-        if place.kind == "hooks":  # one may have been put before others
-            for key in filter(target.__contains__, list(place.twin)):
-                target.move_to_end(key)
+        if place.kind == "hooks":
+            _put_in_order(target, [key for key in place.twin if key in target])
+
+
+def _put_in_order(hooks: Any, keys: list[int]) -> None:
+    """Let these keys come in this order: a forward may have put a hook before others."""
+    if keys != [key for key in hooks if key in keys]:
+        for key in keys:
+            hooks.move_to_end(key)
 
 
 def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
     """Where the forward of ``twin``, the replica of ``module``, may leave something."""
     if is_scripted(twin):
         return
-    yield _place("attributes", module.__dict__, twin.__dict__)
     for name in _WRITTEN_DICTS:
         yield _place("structure", module.__dict__[name], twin.__dict__[name])
+    # After modules, whose hooks an attribute may have the handles of.
+    yield _place("attributes", module.__dict__, twin.__dict__)
     for kind, names in (("hooks", HOOKS), ("options", HOOK_OPTIONS)):
         for name in names:
             yield _place(kind, module.__dict__[name], twin.__dict__[name])

@@ -85,11 +85,7 @@ class Replica:
             if twin is None:
                 twin = twin_of(module) if is_scripted(module) else object.__new__(type(module))
             self._to_replica.add(module, twin)
-            if not is_scripted(module):
-                for name in (*HOOKS, *HOOK_OPTIONS):  # to which the handles of hooks refer
-                    source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
-                    self._to_replica.add(source, target)
-                    self._hook_dicts[id(target)] = target, source
+            self._pair_hook_dicts(module, twin)
         with torch.inference_mode(False), torch.no_grad():
             self.leaves = self._make_leaves(before)
         known, self._sources = self._sources, []
@@ -97,6 +93,14 @@ class Replica:
         for module in self._original.modules:
             self._install(module)
         self._watch_own()
+
+    def _pair_hook_dicts(self, module: nn.Module, twin: nn.Module) -> None:
+        """Let handles of hooks, which refer to the dict that these are in, be translated."""
+        if not is_scripted(module):
+            for name in (*HOOKS, *HOOK_OPTIONS):
+                source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
+                self._to_replica.add(source, target)
+                self._hook_dicts[id(target)] = target, source
 
     def _make_buffers(self, before: Translation, known: Iterable[Tensor]) -> None:
         """Have a twin of each of the original's buffers, that of ``before`` where it was one of the ``known`` ones."""
@@ -164,6 +168,7 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
+        self._pair_hook_dicts(module, twin)
         self._to_replica.met = []
         sources = graph_tensors(module)
         self._links.pop(id(module), None)
@@ -271,7 +276,8 @@ class Replica:
         back = Translation(deep=True, left_behind=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
-            back.add(self._to_replica.get(source), source)
+            if (twin := self._to_replica.get(source)) is not source:  # the main tower has the user's own buffers
+                back.add(twin, source)
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
         back.table.update(self._hook_dicts)

@@ -49,9 +49,9 @@ class Translation:
         copy_containers: copy small containers even where nothing in them is translated, so that what one side adds
             to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
             that is translated: a hook may collect there.
-        deep: look into objects of any class, which a forward may have made for what it leaves behind.
-        left_behind: note that those which are copied have been made by a forward, see `torchtower.parts`; copy modules
-            of which this is true, too.
+        deep: look into objects of any class.
+        left_behind: so that those which lead to modules, parameters or buffers are noted to have been made by a
+            forward, see `torchtower.parts`; and look into modules that it may have made.
     """
 
     def __init__(self, *, copy_containers: bool = False, deep: bool = False, left_behind: bool = False) -> None:
@@ -99,31 +99,38 @@ class _Copy:
         self._translation = translation
         self._table = translation.table
         self._parts_of = _parts_left if translation.left_behind else all_parts_of if translation.deep else parts_of
-        self._most = MANY if translation.deep else sys.maxsize
+        self._most = MANY if translation.left_behind else sys.maxsize
         self._done: dict[int, Any] = {}
-        self._leading = self._find_leading(root)
+        self._leading, self._leading_to_module = self._find_leading(root)
 
-    def _find_leading(self, root: Any) -> set[int]:
-        """The ids of what leads from ``root`` to something in the table: these must be copied."""
+    def _find_leading(self, root: Any) -> tuple[set[int], set[int]]:
+        """The ids of what leads from ``root`` to something in the table, which must be copied.
+
+        And of what leads to more than tensors with graphs.
+        """
         holders_of: dict[int, list[int]] = {id(root): []}
         leading: set[int] = set()
+        leading_to_module: set[int] = set()
         pending = [root]
         while pending and len(holders_of) < self._most:
             holder = pending.pop()
             for part in () if id(holder) in self._table else self._parts_of(holder) or ():
                 if id(part) in self._table:
                     leading.add(id(holder))
+                    if not isinstance(part, Tensor) or part.grad_fn is None:
+                        leading_to_module.add(id(holder))
                 elif id(part) in holders_of:
                     holders_of[id(part)].append(id(holder))
                 elif type(part) not in ATOMS:
                     holders_of[id(part)] = [id(holder)]
                     pending.append(part)
-        spreading = list(leading)
-        while spreading:
-            new = [holder for holder in holders_of[spreading.pop()] if holder not in leading]
-            leading.update(new)
-            spreading.extend(new)
-        return leading
+        for found in (leading, leading_to_module):
+            spreading = list(found)
+            while spreading:
+                new = [holder for holder in holders_of[spreading.pop()] if holder not in found]
+                found.update(new)
+                spreading.extend(new)
+        return leading, leading_to_module
 
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
@@ -139,8 +146,8 @@ class _Copy:
         self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
         if isinstance(value, nn.Module):
             return self._module(value)
-        if self._translation.left_behind and is_foreign(value):
-            note_made(value)
+        if self._translation.left_behind and id(value) in self._leading_to_module and is_foreign(value):
+            note_made(value)  # a record then, if it can be one
         if type(value) in CONTAINERS or is_record(value):
             twin = self._done[id(value)] = self._twin_of(value)
             parts = [self.of(part, copy) for part in self._parts_of(value) or ()]
@@ -162,8 +169,11 @@ class _Copy:
         if isinstance(value, torch.jit.ScriptModule):
             return value
         twin: nn.Module = object.__new__(type(value))
-        self._done[id(value)] = twin
-        vars(twin).update((name, self.of(part, True)) for name, part in vars(value).items())
+        self._translation.add(value, twin)  # under whatever other names it has
+        for name, part in vars(value).items():
+            vars(twin)[name] = self.of(part, True)
+            if isinstance(part, dict):  # of hooks, to which their handles refer
+                self._translation.add(part, vars(twin)[name])
         return twin
 
     def _foreign(self, value: Any) -> Any:
@@ -175,6 +185,8 @@ class _Copy:
         if twin is value:
             return value
         self._done[id(value)] = twin
+        if self._translation.left_behind:
+            self._translation.add(value, twin)
         note_alike(value, twin)
         for into, key, part in entries_of(value):
             translated = self.of(part, False)
@@ -234,7 +246,11 @@ class _Copy:
 
 
 def _parts_left(value: Any) -> list[Any] | None:
-    return list(vars(value).values()) if isinstance(value, nn.Module) else all_parts_of(value)
+    if isinstance(value, nn.DataParallel):  # by its attributes it leads to its replicas
+        return [value._modules]
+    if isinstance(value, nn.Module):
+        return list(vars(value).values())
+    return all_parts_of(value)
 
 
 def _like(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -313,7 +314,9 @@ class ForwardResult:
     def connect_each(self) -> list[Any]:
         """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""
         tensors = [
-            list({id(tensor): tensor for tensor in tensors_within(output) if tensor.requires_grad}.values())
+            list(
+                {id(tensor): tensor for tensor in tensors_within(output, sys.maxsize) if tensor.requires_grad}.values()
+            )
             for output in self.outputs
         ]
         ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
