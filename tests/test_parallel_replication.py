@@ -372,6 +372,33 @@ def test_a_tuple_without_a_length_is_followed(towers: int) -> None:
     assert_go_backward_alike(plain, wrapped, batch(5))
 
 
+class Labelled(tuple[Any, ...]):
+    pass
+
+
+class LabelledPair(collections.namedtuple("LabelledPair", ["layer", "scale"])):
+    pass
+
+
+@pytest.mark.parametrize("make", [Labelled, lambda parts: LabelledPair(*parts)])
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_a_tuple_keeps_its_attributes(towers: int, make: Callable[[Any], Any]) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = make([self.fc, 2])
+            self.both.offset, self.both.again = 3, self.fc
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer, scale = self.both
+            assert self.both.again is layer is self.fc
+            out: Tensor = layer(x) * scale + self.both.offset
+            return out
+
+    plain, wrapped = twins(Net(), towers)
+    assert_go_backward_alike(plain, wrapped, batch(5))
+
+
 @pytest.mark.parametrize("towers", SEVERAL)
 def test_attributes_of_buffers_are_every_towers(towers: int) -> None:
     class Net(nn.Module):

@@ -223,7 +223,10 @@ class _Copy:
         if isinstance(value, weakref.ref):
             return weakref.ref(parts[0])
         make = getattr(type(value), "_make", type(value))  # a named tuple's
-        return make(parts)
+        twin = make(parts)
+        for name, part in getattr(value, "__dict__", {}).items():
+            vars(twin)[name] = self.of(part, False)
+        return twin
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         def leads(part: Any) -> bool:
