@@ -273,7 +273,7 @@ class Replica:
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""
-        back = Translation(deep=True, left_behind=True)
+        back = Translation(left_behind=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             if (twin := self._to_replica.get(source)) is not source:  # the main tower has the user's own buffers

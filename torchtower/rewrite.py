@@ -50,8 +50,8 @@ class Translation:
             to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
             that is translated: a hook may collect there.
         deep: look into objects of any class.
-        left_behind: so that those which lead to modules, parameters or buffers are noted to have been made by a
-            forward, see `torchtower.parts`; and look into modules that it may have made.
+        left_behind: likewise, and into modules; a forward has made what leads from there to its own modules, parameters
+            and buffers, and objects among it are noted, see `torchtower.parts`.
     """
 
     def __init__(self, *, copy_containers: bool = False, deep: bool = False, left_behind: bool = False) -> None:
