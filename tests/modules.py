@@ -23,6 +23,15 @@ class OneLayer(nn.Module):
         return self.fc(x)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
 class WithOutput(nn.Module):
     def __init__(self, make: Any) -> None:
         super().__init__()

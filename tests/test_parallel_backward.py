@@ -26,6 +26,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import TwoHeads
 from torchtower import current_tower, tower_sum
 
 # ---- backward
@@ -63,15 +64,6 @@ def test_a_second_backward_without_retained_graph_raises_as_in_the_plain_module(
         loss.backward()
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
-
-
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.left(x), self.right(x)
 
 
 def test_two_heads_go_backward_one_after_the_other() -> None:

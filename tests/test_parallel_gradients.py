@@ -22,6 +22,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import TwoHeads
 from torchtower import current_tower
 
 # ---- any batch size, both call styles
@@ -355,14 +356,6 @@ def test_hooks_of_what_the_loss_does_not_depend_on_are_not_called(num_towers: in
 
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_hooks_of_outputs_that_the_loss_leaves_out_are_not_called(num_towers: int) -> None:
-    class TwoHeads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(3, 2), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.left(x), self.right(x)
-
     plain, wrapped = twins(TwoHeads(), num_towers)
     for net in (plain, wrapped):
         left, right = net(batch(6))

@@ -143,18 +143,18 @@ def slots_of(value: Any) -> list[str]:
 
 
 def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
-    """The tensors in a value, however deep; where it leads to more than so many objects, some of them."""
-    found: list[Tensor] = []
+    """The tensors in a value, each once, however deep; where it leads to more than so many objects, some of them."""
+    found: dict[int, Tensor] = {}
     seen: set[int] = set()
     pending = [value]
     while pending and len(seen) < most:
         part = pending.pop()
         if isinstance(part, Tensor):
-            found.append(part)
+            found[id(part)] = part
         elif type(part) not in ATOMS and id(part) not in seen:
             seen.add(id(part))
             pending.extend(all_parts_of(part) or ())
-    return found
+    return list(found.values())
 
 
 def cell_content(cell: types.CellType) -> Any:

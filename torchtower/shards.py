@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -35,8 +36,9 @@ def cut(batch: Any, num_towers: int, dim: int) -> Shards:
         num_towers: how many towers there are.
         dim: along which tensors are split.
     """
-    splits = plan_splits(tensors_in(batch), num_towers, dim)
-    return Shards([batch] * len(splits.rows), splits.rows, splits.parts, dim)
+    tensors = tensors_in(batch)
+    splits = plan_splits(tensors, num_towers, dim)
+    return Shards([batch] * len(splits.rows), tensors, splits.rows, splits.parts, dim)
 
 
 def given(batches: Sequence[Any], dim: int) -> Shards:
@@ -47,12 +49,15 @@ def given(batches: Sequence[Any], dim: int) -> Shards:
         dim: along which a shard's longest tensor has as many rows as count for it; one where there is none.
     """
 
-    def rows(batch: Any) -> int:
-        sizes = [tensor.size(0) if tensor.is_nested else size_along(tensor, dim) for tensor in tensors_in(batch)]
+    def rows(tensors: list[Tensor]) -> int:
+        sizes = [tensor.size(0) if tensor.is_nested else size_along(tensor, dim) for tensor in tensors]
         return max([size for size in sizes if size >= 0], default=1)
 
-    counts = list(map(rows, batches))
-    return Shards(batches, counts if any(counts) else [1] * len(counts), lambda tensor: [tensor] * len(counts), None)
+    tensors = list(map(tensors_in, batches))
+    counts = list(map(rows, tensors))
+    if not any(counts):
+        counts = [1] * len(counts)
+    return Shards(batches, list(chain.from_iterable(tensors)), counts, lambda tensor: [tensor] * len(counts), None)
 
 
 class Shards:
@@ -60,6 +65,7 @@ class Shards:
 
     Args:
         batches: what each tower's shard is made from, one or the same for each.
+        tensors: in these.
         rows: how many each has; towers that have nothing to do are left out.
         parts_of: each tower's part of a tensor; None where all have it whole.
         dim: along which parts are rows; None where they are whole tensors, one tower's or several towers'.
@@ -68,6 +74,7 @@ class Shards:
     def __init__(
         self,
         batches: Sequence[Any],
+        tensors: list[Tensor],
         rows: list[int],
         parts_of: Callable[[Tensor], list[Tensor] | None],
         dim: int | None,
@@ -75,7 +82,7 @@ class Shards:
         self.rows = rows
         self._batches = batches
         self._dim = dim
-        self._tensors = tensors_in(list({id(batch): batch for batch in batches}.values()))
+        self._tensors = tensors
         self.main_inputs: list[Tensor] = []
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}

@@ -313,12 +313,7 @@ class ForwardResult:
 
     def connect_each(self) -> list[Any]:
         """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""
-        tensors = [
-            list(
-                {id(tensor): tensor for tensor in tensors_within(output, sys.maxsize) if tensor.requires_grad}.values()
-            )
-            for output in self.outputs
-        ]
+        tensors = [[each for each in tensors_within(out, sys.maxsize) if each.requires_grad] for out in self.outputs]
         ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
         columns = [[each if other is own else None for own in tensors for each in own] for other in tensors]
         values = iter(self.connect([1.0] * len(tensors), ports, columns))
