@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torchtower import _composed, ops
 
 Grad = Tensor | None
 _PLAIN = {Tensor, nn.Parameter}
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 
 
 def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
@@ -32,9 +32,15 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
     Returns:
         One gradient a parameter on the first tower's device; None where every tower has None.
     """
-    grads = list(chain.from_iterable(towers))
-    if _are_plain(grads) and 0 not in weights:
-        return list(_sum_dense(towers, weights, in_place))  # type: ignore[arg-type]
+    grads: list[Any] = list(chain.from_iterable(towers))
+    is_usual = _PLAIN.issuperset(map(type, grads)) and not _have_zeros(towers[0])
+    if is_usual and len(towers) > 1 and 0 not in weights and not _are_followed(grads, in_place):
+        out: Sequence[Any] = towers[0] if in_place else [torch.empty_like(grad) for grad in grads[: len(towers[0])]]
+        try:
+            ops.tower_mean_(out, grads, weights)
+            return list(out)
+        except ValueError:
+            pass  # not all dense, alike and on one device: the op looks at each before it writes, and nobody else need
     results: list[Grad] = []
     # One call of the op for each set of towers that have a gradient: nearly always a single call.
     groups: dict[tuple[int, ...], list[tuple[int, torch.dtype, list[Tensor]]]] = {}
@@ -60,17 +66,7 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
     return results
 
 
-def _are_plain(grads: Sequence[Any]) -> bool:
-    """Whether all gradients are there, dense and on one device: the usual case, told at the cost of a look at each."""
-    return (
-        _PLAIN.issuperset(map(type, grads))
-        and len(places := set(map(attrgetter("layout", "device"), grads))) <= 1
-        and all(layout is torch.strided for layout, _ in places)
-        and not _have_zeros(grads)
-    )
-
-
-def _have_zeros(grads: Sequence[Tensor]) -> bool:
+def _have_zeros(grads: Sequence[Any]) -> bool:
     """Whether some are ZeroTensors, which have no memory: a backward of ``torch.sgn`` makes them."""
     return not torch.compiler.is_compiling() and any(map(Tensor._is_zerotensor, grads))
 
@@ -79,29 +75,25 @@ def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_
     firsts, *others = towers
     if not others and weights[0] == 1:
         return firsts if in_place else [grad.clone() for grad in firsts]
-    has_graph = torch.is_grad_enabled() and any(grad.requires_grad for grads in towers for grad in grads)
-    if has_graph or _is_transformed() or (not in_place and _are_batched(firsts)):
-        return [_composed.mean(grads, weights) for grads in zip(*towers, strict=True)]
-    out: Sequence[Tensor]
-    if in_place and all(map(Tensor.is_contiguous, firsts)):  # nearly always
-        out = firsts
-    else:
-        out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
-    ops.tower_mean_(out, list(chain.from_iterable(towers)), weights)
+    grads = list(chain.from_iterable(towers))
+    if _are_followed(grads, in_place):
+        return [_composed.mean(column, weights) for column in zip(*towers, strict=True)]
+    out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
+    ops.tower_mean_(out, grads, weights)
     return out
 
 
-def _are_batched(grads: Sequence[Tensor]) -> bool:
-    """Whether ``torch.autograd.grad(is_grads_batched=True)`` has made them."""
-    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, grads))
+def _are_followed(grads: Sequence[Any], in_place: bool) -> bool:
+    """Whether someone follows what is done to these who cannot follow the native op.
 
-
-def _is_transformed() -> bool:
-    """Whether someone follows the ops of this call who cannot follow the native one: forward AD, vmap, jit.trace."""
+    That is a graph, forward AD, vmap, jit.trace, or ``torch.autograd.grad(is_grads_batched=True)``.
+    """
     return (
-        torch.autograd.forward_ad._current_level >= 0
+        (torch.is_grad_enabled() and any(grad.requires_grad for grad in grads))
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or (not in_place and not torch.compiler.is_compiling() and any(map(_is_batched, grads)))
     )
 
 
