@@ -29,114 +29,27 @@ module. Its context refers to the main inputs and the local graphs, and to nothi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain, compress, repeat
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchtower.collect import Collection, Sender
 from torchtower.devices import move
+from torchtower.family import Family, Inputs
 from torchtower.graphs import branches, leads_to, leaves_of
-from torchtower.held import HeldGradients
 from torchtower.hooks import spare_hooks
 from torchtower.local_backward import NO_LEAF, Root, local_backward, local_grad, requires_grad, root_of
 from torchtower.node import Asked, connect
 from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.reduction import Grad
 from torchtower.rounds import current_tower
-from torchtower.shards import Aliases
-from torchtower.streams import Streams
-from torchtower.workers import TowerPool
 
 _autograd: Any = torch._C._autograd
-
-
-class Plan(NamedTuple):
-    """What all forwards of one wrapper have in common, as long as its parameters stay what they are.
-
-    Args:
-        pool: the towers' threads.
-        ports: of the user's parameters, the first inputs of every bridge.
-        buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
-        held: gradients that ``no_sync`` has kept back.
-        on_backward: called after every backward, even a failed one, as long as the towers are there.
-    """
-
-    pool: TowerPool
-    ports: Ports
-    buckets: list[list[int]]
-    held: HeldGradients
-    on_backward: weakref.WeakMethod[Callable[[], None]]
-
-
-@dataclass
-class Family:
-    """What the bridges of one forward have in common.
-
-    Args:
-        plan: of the wrapper.
-        weights: one for each tower that took part, as `torchtower.ops.tower_mean_` takes them.
-        aliases: what the local graphs may have saved of the batch.
-        streams: of the forward, on which its backwards work too.
-        synchronize: whether a backward reduces gradients, or has them kept back.
-    """
-
-    plan: Plan
-    weights: list[float]
-    aliases: Aliases
-    streams: Streams
-    synchronize: bool
-    keeps_graphs: bool = False
-    # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
-    bridges: list[weakref.ref[Bridge]] = field(default_factory=list)
-
-    def keep_until_end_of_backward(self, keep_for_good: bool) -> None:
-        """From now on local backwards keep their graphs; they are freed when the outer backward ends."""
-        self.keeps_graphs = True
-        if not keep_for_good:
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._free)
-
-    def _free(self) -> None:
-        for reference in self.bridges:
-            if (bridge := reference()) is not None:
-                bridge.free()
-
-
-class Inputs(NamedTuple):
-    """What goes into a bridge.
-
-    Args:
-        ports: of the inputs, the plan's parameters first.
-        main: the user's tensors, one a port.
-        leaves: the towers', tower-major; `NO_LEAF` where a tower has none.
-        requires_grad: which of these required gradients when the forward ran.
-        replaced: indices of tensors that attributes held until the forward put others in their place: an autograd
-            function, which may depend on anything, is taken not to depend on these unless the graph says so.
-    """
-
-    ports: Ports
-    main: list[Tensor]
-    leaves: list[list[Tensor]]
-    requires_grad: list[list[bool]]
-    replaced: frozenset[int]
-
-    def chosen(self, kept: list[int]) -> Inputs:
-        """These of them."""
-        if len(kept) == len(self.main):
-            return self
-
-        def of(several: Sequence[Any]) -> list[Any]:
-            return [several[index] for index in kept]
-
-        ports = Ports(of(self.ports.all))
-        replaced = frozenset(index for index, old in enumerate(kept) if old in self.replaced)
-        return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)), replaced)
 
 
 def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:

@@ -41,10 +41,15 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
             return list(out)
         except ValueError:
             pass  # not all dense, alike and on one device: the op looks at each before it writes, and nobody else need
+    return _sum_each_kind(towers, weights, in_place)
+
+
+def _sum_each_kind(towers: Sequence[Sequence[Grad]], weights: Sequence[float], in_place: bool) -> list[Grad]:
+    """The sum where some gradients are missing, sparse, elsewhere, without memory, or followed by someone."""
     results: list[Grad] = []
     # One call of the op for each set of towers that have a gradient: nearly always a single call.
     groups: dict[tuple[int, ...], list[tuple[int, torch.dtype, list[Tensor]]]] = {}
-    main = next((grad.device for grad in grads if grad is not None), None)
+    main = next((grad.device for grad in chain.from_iterable(towers) if grad is not None), None)
     for index, away in enumerate(zip(*towers, strict=True)):
         column = [grad if grad is None or grad.device == main else grad.to(main) for grad in away]
         present = tuple(t for t, grad in enumerate(column) if grad is not None and weights[t] != 0)

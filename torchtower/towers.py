@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.bridge import Family, Inputs, Plan, connect_outputs
+from torchtower.bridge import connect_outputs
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
+from torchtower.family import Family, Inputs, Plan
 from torchtower.freshness import Freshness
 from torchtower.graphs import writable
 from torchtower.held import HeldGradients
