@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from tests.helpers import (
     EVERY_COUNT,
@@ -16,6 +17,7 @@ from tests.helpers import (
     assert_trains_alike,
     batch,
     mlp,
+    steps_follow,
     sum_of_squares,
     take_steps,
     twins,
@@ -127,6 +129,25 @@ def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
         assert_close(wrapped(batch(7)), plain(batch(7)))
     with torch.no_grad():
         assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class ParametrizedLater(OneLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_parametrized(self.fc):
+            register_parametrization(self.fc, "weight", Doubled())
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_parametrization_that_a_forward_registers_stays(num_towers: int) -> None:
+    plain, wrapped = twins(ParametrizedLater(), num_towers)
+    steps_follow(plain, wrapped, lambda step: batch(8, seed=step))
+    assert type(wrapped.module.fc) is not nn.Linear and is_parametrized(wrapped.module.fc, "weight")
 
 
 # ---- parameters and buffers that a forward gives other data

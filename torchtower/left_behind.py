@@ -103,7 +103,11 @@ def _write_to_original(main: Replica, written: list[Written], connected: list[tu
         for local, main_side in connected:
             translate.add(local, main_side)
         write_back(written, translate)
-    return [item.module for item in written]
+    modules = [item.module for item in written]
+    for module in modules:
+        if (kind := type(main.twin_of(module))) is not type(module):  # a forward has registered a parametrization
+            object.__setattr__(module, "__class__", kind)
+    return modules
 
 
 def _kept_outside(

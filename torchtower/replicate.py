@@ -71,7 +71,11 @@ class Replica:
     @property
     def module(self) -> Any:
         """The replica of the wrapped module itself."""
-        return self._to_replica.get(self._original.module)
+        return self.twin_of(self._original.module)
+
+    def twin_of(self, module: nn.Module) -> Any:
+        """The replica of one of the original's modules."""
+        return self._to_replica.get(module)
 
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
