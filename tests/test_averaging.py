@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -11,37 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.gradients import DTYPES, assert_near, bits, oracle, random, towers_of
 from torchtower import TowerParallel, average_gradients, stack_gradients, tower_sum
-
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
-SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (33, 129)]
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def towers_of(num_towers: int, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES) -> list[list[Tensor]]:
-    return [[random(s, dtype, 100 * t + p) for p, s in enumerate(shapes)] for t in range(num_towers)]
-
-
-def oracle(column: list[Tensor | None], weights: list[float] | None = None) -> Tensor:
-    """The weighted mean in float64, missing gradients counting zero."""
-    weights = weights or [1.0] * len(column)
-    wide = torch.complex128 if any(g is not None and g.is_complex() for g in column) else torch.float64
-    total: Any = 0
-    for grad, weight in zip(column, weights, strict=True):
-        if grad is not None and weight:
-            total = total + grad.to_dense().to(wide) * weight
-    return total / math.fsum(weights)
-
-
-def assert_near(got: Tensor, expected: Tensor, num_towers: int) -> None:
-    assert got.shape == expected.shape
-    eps = torch.finfo(got.dtype).eps
-    error = (got.to(expected.dtype) - expected).abs().max() if got.numel() else torch.tensor(0.0)
-    assert error <= 4 * num_towers * eps * max(1.0, expected.abs().max().item() if expected.numel() else 1.0)
-
 
 # ---- the mean
 
@@ -118,11 +88,6 @@ def test_the_mean_of_gradients_with_graphs_can_be_differentiated() -> None:
 
 
 # ---- the same bits with a graph, and where ops are followed
-
-
-def bits(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-    return real.reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 0.5, 2.0], [1.0, 0.0, 1.0]])
@@ -277,68 +242,6 @@ def test_a_gradient_only_in_rejected_towers_is_zero_not_none() -> None:
     assert torch.equal(mean, torch.zeros(2))
 
 
-# ---- sparse
-
-
-def sparse(rows: list[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    values = random((len(rows), 3), dtype, seed)
-    return torch.sparse_coo_tensor(torch.tensor([rows]), values, (10, 3), check_invariants=True)
-
-
-@pytest.mark.parametrize("weights", [None, [1.0, 4.0, 0.5]])
-def test_sparse_gradients_stay_sparse_and_sum_repeated_rows(weights: list[float] | None) -> None:
-    column = [sparse([1, 1, 5], 0), sparse([5, 9], 1), sparse([], 2)]
-    (mean,) = average_gradients([[grad] for grad in column], weights)
-    assert mean.is_sparse and mean.is_coalesced()
-    assert torch.allclose(mean.to_dense(), oracle(column, weights), rtol=1e-14)
-
-
-def test_sparse_in_some_towers_and_dense_in_others_gives_dense() -> None:
-    column = [sparse([1, 1, 5], 0), random((10, 3), torch.float64, 1)]
-    for pair in (column, column[::-1]):
-        (mean,) = average_gradients([[grad] for grad in pair])
-        assert not mean.is_sparse
-        assert torch.allclose(mean, oracle(pair), rtol=1e-14)
-
-
-@pytest.mark.parametrize("weights", [None, [1.0, 4.0, 0.5]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
-def test_sparse_gradients_have_the_bits_of_dense_ones(dtype: torch.dtype, weights: list[float] | None) -> None:
-    column = [sparse([1, 3, 3, 5], 0, dtype), sparse([5, 9, 1], 1, dtype), sparse([3, 1, 3, 5, 9], 2, dtype)]
-    if dtype.is_complex:
-        column = [grad * (1 + 0.3j) for grad in column]
-    (mean,) = average_gradients([[grad] for grad in column], weights)
-    (dense,) = average_gradients([[grad.to_dense()] for grad in column], weights)
-    assert mean.is_coalesced() and mean.dtype == dtype
-    assert torch.equal(bits(mean.to_dense()), bits(dense))
-
-
-def test_repeated_rows_of_sparse_halves_are_added_in_float32() -> None:
-    rows = torch.sparse_coo_tensor(
-        torch.zeros(1, 4096, dtype=torch.int64), torch.ones(4096).bfloat16(), (2,), check_invariants=True
-    )
-    for other in (rows, torch.zeros(2).bfloat16().add(rows.float().to_dense()).bfloat16()):
-        (mean,) = average_gradients([[rows], [other]])
-        assert mean.dtype == torch.bfloat16 and mean.to_dense().tolist() == [4096.0, 0.0]
-    (stack,) = stack_gradients([[rows], [torch.zeros(2).bfloat16()]])
-    assert stack.dtype == torch.bfloat16 and stack.tolist() == [[4096.0, 0.0], [0.0, 0.0]]
-
-
-def test_the_mean_of_sparse_gradients_with_graphs_can_be_differentiated() -> None:
-    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
-    first = torch.sparse_coo_tensor([[0, 0]], x, (3, 1), check_invariants=True)
-    second = torch.sparse_coo_tensor([[0, 2]], x**2, (3, 1), check_invariants=True)
-    (mean,) = average_gradients([[first], [second]], weights=[1, 3])
-    (grad,) = torch.autograd.grad(mean.to_dense().sum(), x)
-    assert torch.allclose(grad, 0.25 + 0.75 * 2 * x.detach())
-
-
-def test_sparse_and_none_give_sparse() -> None:
-    (mean,) = average_gradients([[None], [sparse([2, 2], 0)]])
-    assert mean.is_sparse
-    assert torch.allclose(mean.to_dense(), sparse([2, 2], 0).to_dense() / 2)
-
-
 # ---- weights
 
 
@@ -417,123 +320,6 @@ def test_stacks_of_pairs_come_back_with_variables_and_no_shared_memory() -> None
     ((stack, variable),) = stack_gradients([[(grad, "v")], [(grad, "w")]])
     stack.zero_()
     assert variable == "v" and torch.equal(grad, torch.ones(3))
-
-
-def test_sparse_gradients_can_be_stacked() -> None:
-    pair = [sparse([1, 1], 0), sparse([5], 1)]
-    (stack,) = stack_gradients([[grad] for grad in pair])
-    assert torch.equal(stack.to_dense(), torch.stack([grad.to_dense() for grad in pair]))
-    (mixed,) = stack_gradients([[pair[0]], [torch.ones(10, 3, dtype=torch.float64)]])
-    assert mixed.layout is torch.strided
-
-
-# ---- bad input
-
-a, b = torch.ones(2), torch.ones(3)
-BAD: list[tuple[Any, Any, type[Exception], str]] = [
-    ([], None, ValueError, "at least one tower"),
-    ([[a], [a, a]], None, ValueError, "the 1 gradients that tower 0 lists, but tower 1 lists 2"),
-    ([[a], [b]], None, ValueError, r"parameter 0 .*\(2,\) of torch.float32.*tower 1's is \(3,\)"),
-    ([[a, a], [a, a.double()]], None, ValueError, "parameter 1 .*tower 1's is .*float64"),
-    ([[None, a], [b, a], [a, a]], None, ValueError, r"parameter 0 .*\(3,\) .*tower 1's, but tower 2's is \(2,\)"),
-    ([[a], ["text"]], None, TypeError, "tower 1's of parameter 0 is of type str"),
-    ([[a], [1.0]], None, TypeError, "tower 1's of parameter 0 is of type float"),
-    ([[(a, "v")], [a]], None, TypeError, "pairs everywhere or bare gradients everywhere"),
-    ([[(a, "v", 3)]], None, TypeError, "tower 0's entry 0 has 3 items"),
-    (
-        [[(a, a)], [(a, b)]],
-        None,
-        ValueError,
-        r"pairs of one shape.*tower 1's pair 0 .*\(2,\).* shape \(3,\)",
-    ),
-    ([[(a,)]], None, TypeError, "tower 0's entry 0 has 1 items"),
-    (None, None, TypeError, r"tower_grads\[tower\]\[parameter\], but got NoneType"),
-    (3, None, TypeError, "but got int"),
-    ("ab", None, TypeError, "but got str"),
-    (torch.nn.Linear(1, 1), None, TypeError, "but got Linear"),
-    ({"a": [a]}, None, TypeError, "but got dict"),
-    (torch.ones(2, 3), None, TypeError, r"tower_grads\[tower\]\[parameter\], but got a tensor"),
-    ([a, a], None, TypeError, "tower 0's is a tensor: put it into a list"),
-    ([[a], torch.tensor(1.0)], None, TypeError, "tower 1's is a tensor: put it into a list"),
-    ([[a], None], None, TypeError, "tower 1's gradients to be a list, but got NoneType"),
-    ([[a], 3], None, TypeError, "tower 1's gradients to be a list, but got int"),
-    ([{a}, {a}], None, TypeError, "tower 0's gradients to be a list, but got set"),
-    ([{"w": a}], None, TypeError, "tower 0's gradients to be a list, but got dict"),
-    ([[a], [a.to("meta")]], None, ValueError, "not to be on meta, .* tower 1's of parameter 0 is on meta"),
-    ([[a.to("meta")], [a]], None, ValueError, "to be on meta, .* tower 1's of parameter 0 is on cpu"),
-    ([[a, a.to("meta")]] * 2, None, ValueError, "not to be on meta, .* tower 0's of parameter 1 is on meta"),
-    ([[a, a.int()]] * 2, None, ValueError, "float32.* tower 0's of parameter 1 is of torch.int32"),
-    ([[a.bool().to_sparse()]] * 2, None, ValueError, "tower 0's of parameter 0 is of torch.bool"),
-    ([[a], [a.long().to_sparse()]], None, ValueError, "tower 1's of parameter 0 is of torch.int64"),
-    ([[torch.eye(2)], [torch.eye(2).to_mkldnn()]], None, ValueError, "tower 1's .*is of layout torch._mkldnn"),
-    (
-        [[torch.eye(2).to_sparse(1)], [torch.eye(2).to_sparse(2)]],
-        None,
-        ValueError,
-        "parameter 0 .* 1 sparse dimensions like tower 0's, but tower 1's .* 2 sparse dimensions",
-    ),
-    (
-        [[torch.nested.nested_tensor([a], layout=torch.jagged)]],
-        None,
-        ValueError,
-        "tower 0's of parameter 0 is a nested tensor",
-    ),
-    ([[a], [torch.nn.UninitializedParameter()]], None, ValueError, "tower 1's .* is an uninitialized parameter"),
-]
-
-
-@pytest.mark.parametrize(("towers", "weights", "error", "words"), BAD)
-@pytest.mark.parametrize("function", [average_gradients, stack_gradients])
-def test_bad_gradients_are_named(function: Any, towers: Any, weights: Any, error: Any, words: str) -> None:
-    with pytest.raises(error, match=rf"^{function.__name__}: expected .*{words}"):
-        function(towers)
-
-
-BAD_WEIGHTS: list[tuple[Any, str]] = [
-    ([1.0], "one weight for each of 2 towers, but got 1"),
-    ([1.0, 1.0, 1.0], "one weight for each of 2 towers, but got 3"),
-    ([1.0, -0.5], "not negative, but tower 1's is -0.5"),
-    ([float("nan"), 1.0], "finite .*tower 0's is nan"),
-    ([1.0, float("inf")], "finite .*tower 1's is inf"),
-    ([0.0, 0.0], "above 0"),
-    ([1, 10**400], "finite .*tower 1's is inf"),
-]
-
-
-@pytest.mark.parametrize(("weights", "words"), BAD_WEIGHTS)
-def test_bad_weights_are_named(weights: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=rf"^average_gradients: expected .*{words}"):
-        average_gradients([[a], [a]], weights)
-
-
-NO_WEIGHTS: list[tuple[Any, str]] = [
-    ("13", "a sequence of weights, one for each tower, but got str"),
-    (b"12", "but got bytes"),
-    ({0: 1, 1: 3}, "but got dict"),
-    ({1, 3}, "but got set"),
-    (3, "but got int"),
-    (torch.nn.Linear(1, 1), "but got Linear"),
-    (torch.tensor(1.0), "but got Tensor"),
-    (["1", "3"], "real numbers, but tower 0's is of type str"),
-    ([1, None], "tower 1's is of type NoneType"),
-    ([1, 1j], "tower 1's is of type complex"),
-    ([[1], [3]], "tower 0's is of type list"),
-    (torch.ones(2, 2).numpy(), "tower 0's is of type ndarray"),
-    (torch.ones(2, 2), r"tower 0's is \(2,\) of torch.float32"),
-    (torch.ones(2, dtype=torch.complex64), "tower 0's is .* of torch.complex64"),
-    (torch.ones(2, device="meta"), r"tower 0's is \(\) of torch.float32 on meta"),
-]
-
-
-@pytest.mark.parametrize(("weights", "words"), NO_WEIGHTS)
-def test_what_is_no_list_of_numbers_is_named(weights: Any, words: str) -> None:
-    with pytest.raises(TypeError, match=rf"^average_gradients: expected .*{words}"):
-        average_gradients([[a], [a]], weights)
-
-
-def test_meta_gradients_have_means_on_meta() -> None:
-    (mean,) = average_gradients([[a.to("meta")], [a.to("meta")]])
-    assert mean.is_meta and mean.shape == a.shape
 
 
 # ---- the sum between towers, which has no tower dimension

@@ -1,0 +1,191 @@
+"""Attributes, hooks and children that lead back to the module lead to each tower's own replica."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.helpers import (
+    assert_close,
+    assert_same_gradients,
+    assert_trains_alike,
+    batch,
+    steps_follow,
+    wrap,
+)
+
+
+class SelfReferring(nn.Module):
+    """Leads back to itself in every way that Python offers."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0, 4.0]))
+        self.fc = nn.Linear(3, 3)
+        self.way = way
+        self.by_method = self.scaled
+        self.by_partial = functools.partial(SelfReferring.scaled, self)
+        self.by_closure = lambda x: self.scaled(x)
+        self.by_list = [self.fc]
+        self.by_dict = {"fc": self.fc}
+        self.by_tuple = (("fc", self.fc),)
+        self.by_set = {self.fc}
+        self.by_reference = weakref.ref(self)
+        self.by_default = lambda x, net=self: net.scaled(x)
+        self.by_parent = [self]
+        self.by_weight = [self.weight]
+
+        def recursive(x: Tensor, depth: int = 2) -> Tensor:
+            return recursive(x, depth - 1) if depth else self.scaled(x)
+
+        self.by_recursion = recursive
+        visitors: dict[str, Any] = {}
+        visitors["leaf"] = lambda x: self.scaled(x)
+        visitors["node"] = lambda x: visitors["leaf"](x)
+        self.by_each_other = visitors["node"]
+        self.by_builtin = {"scaled": self.scaled}.get
+        self.by_weak_method = weakref.WeakMethod(self.scaled)
+        self.by_defaultdict = collections.defaultdict(list, scaled=[self.scaled])
+        self.by_record = types.SimpleNamespace(scaled=self.scaled)
+        self.by_cycle: list[Any] = [self.scaled]
+        self.by_cycle.append((self.by_cycle,))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        way = getattr(self, f"by_{self.way}")
+        if self.way in CALLABLE:
+            return way(x)
+        if self.way in HOLDING:
+            return HOLDING[self.way](way)(x)
+        if self.way == "reference":
+            return way().scaled(x)
+        if self.way == "parent":
+            return way[0].scaled(x)
+        if self.way == "weight":
+            return x * way[0]
+        (fc,) = [pair[1] for pair in way] if self.way == "tuple" else way.values() if self.way == "dict" else way
+        assert fc is self.fc
+        return self.scaled(fc(x))
+
+
+CALLABLE = ["method", "partial", "closure", "default", "recursion", "each_other"]
+HOLDING: dict[str, Callable[[Any], Any]] = {
+    "builtin": lambda way: way("scaled"),
+    "weak_method": lambda way: way(),
+    "defaultdict": lambda way: way["scaled"][0],
+    "record": lambda way: way.scaled,
+    "cycle": lambda way: way[1][0][0],
+}
+WAYS = [*CALLABLE, *HOLDING, "list", "dict", "tuple", "set", "reference", "parent", "weight"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_attributes_that_lead_back_to_the_module_lead_to_the_towers_own(way: str) -> None:
+    plain, wrapped = SelfReferring(way).double(), SelfReferring(way).double()
+    wrapped.load_state_dict(plain.state_dict())
+    steps_follow(plain, wrap(wrapped, 3), lambda step: batch(7, seed=step))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_derivatives_through_attributes_that_lead_back_to_the_module_are_the_plain_modules(way: str) -> None:
+    # A tower that used the original's parameters would leave their gradients there itself, and return none.
+    plain, wrapped = SelfReferring(way).double(), wrap(SelfReferring(way).double(), 3)
+    wrapped.module.load_state_dict(plain.state_dict())
+    grads = [torch.autograd.grad(net(batch(7)).square().mean(), list(net.parameters())) for net in (plain, wrapped)]
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        assert_close(ours, theirs)
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+def test_lists_of_submodules_outside_of_module_lists_are_trained() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [[nn.Linear(3, 3).double()], {"last": nn.Linear(3, 2).double()}]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hidden[1]["last"](self.hidden[0][0](x))
+
+    plain = Net()
+    wrapped = wrap(copy.deepcopy(plain), 3)
+    for net in (plain, wrapped):
+        net(batch(7)).square().sum().backward()
+    for ours, theirs in (
+        (wrapped.module.hidden[0][0], plain.hidden[0][0]),
+        (wrapped.module.hidden[1]["last"], plain.hidden[1]["last"]),
+    ):
+        assert_same_gradients(ours, theirs)
+
+
+def test_a_child_that_knows_its_parent_works() -> None:
+    class Child(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.parent = [parent]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parent[0].fc(x)
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.child = Child(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.child.parent[0] is self
+            return self.child(x)
+
+    assert_trains_alike(Parent(), 3, batch(7))
+
+
+def test_modules_in_keyword_defaults_of_functions_are_the_replicas() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+            def call(x: Tensor, *, layer: nn.Module = self.layer, times: int = 2) -> Tensor:
+                return layer(x) * times
+
+            self.call = call
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    plain, net = Net().double(), Net().double()  # a copy would refer to the first one's layer
+    net.load_state_dict(plain.state_dict())
+    wrapped = wrap(net, 2)
+    F.mse_loss(plain(batch(7)), batch(7, 2)).backward()
+    wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), batch(7), batch(7, 2)).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 2) for _ in range(3)])
+            self.skeleton = [copy.deepcopy(self.members[0]).to("meta")]
+
+        def forward(self, x: Tensor) -> Tensor:
+            stacked = {
+                name: torch.stack([getattr(member, name) for member in self.members]) for name in ("weight", "bias")
+            }
+            one = self.skeleton[0]
+            return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
+
+    assert_trains_alike(Ensemble(), 3, batch(7))
