@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.containers import AttributeDict, Data, FrozenData
@@ -203,6 +204,19 @@ def test_a_gathered_output_may_be_written_to() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_an_output_may_be_sparse_or_given_a_sparse_gradient(num_towers: int) -> None:
+    x = batch(7, requires_grad=True)
+    plain, wrapped = twins(nn.Linear(3, 2), num_towers)
+    for net in (plain, wrapped):
+        F.embedding(torch.tensor([0, 6, 6, 3]), net(x), sparse=True).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+    plain, wrapped = twins(WithOutput(lambda out: out.relu().to_sparse()), num_towers)
+    for net in (plain, wrapped):
+        net(x).to_dense().square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
 def test_a_module_with_zero_output_features_works() -> None:
     assert_trains_alike(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0)), 2, batch(6))
 

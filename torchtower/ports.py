@@ -38,6 +38,8 @@ class Port(NamedTuple):
         if self.kind == "solo":  # undoes the weight that the way back applies: nobody asked for one here
             weight = weights[self.tower]
             return [value / weight if weight and t == self.tower else None for t in range(len(weights))]
+        if value.layout is not torch.strided:  # of a lookup in an output, say; no view of it can be a part
+            value = value.to_dense()
         if self.sizes is None:
             return list(value.unbind())
         return list(value.split_with_sizes(list(self.sizes), self.dim))

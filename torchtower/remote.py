@@ -59,15 +59,14 @@ class RemoteStorage:
         alike = [*map(id, parameters), *[p.requires_grad for p in parameters], *memory_of(parameters)]
         if alike == self._laid_out:
             return self._storages
-        # Frozen parameters apart: they are copied once, however often the others are.
         storages: dict[int, Tensor] = {}
         self._buckets = []
-        for bucket in _buckets(parameters):
+        for is_trained, bucket in _buckets(parameters):
             flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=self._device)
             for parameter, view in zip(bucket, unflatten(flat, bucket), strict=True):
                 # .data: a later refresh must not invalidate the graphs of this bucket's other parameters
                 storages[id(parameter)] = view.data
-            self._buckets.append(Bucket(flat, bucket))
+            self._buckets.append(Bucket(flat, bucket, is_trained))
         self._laid_out = alike
         self._storages = [storages[id(p)] for p in parameters]
         return self._storages
@@ -89,11 +88,12 @@ class RemoteStorage:
 
 
 class Bucket:
-    """Parameters of one dtype and one ``requires_grad`` that travel together, apart from buffers that require grad."""
+    """Parameters of one dtype that travel together: trained ones, frozen ones, or buffers that require grad."""
 
-    def __init__(self, flat: Tensor, parameters: list[Tensor]) -> None:
+    def __init__(self, flat: Tensor, parameters: list[Tensor], is_trained: bool) -> None:
         self._flat = flat
         self._parameters = parameters
+        self._is_trained = is_trained
         self._versions: list[int | None] = []
 
     def refresh(self, stale: bool) -> None:
@@ -102,7 +102,7 @@ class Bucket:
         first = self._parameters[0]
         is_buffer = not isinstance(first, nn.Parameter)  # that requires grad: refreshed like any other
         # An optimizer steps frozen ones, too, as long as they have a gradient.
-        may_change = stale and any(p.requires_grad or p.grad is not None for p in self._parameters)
+        may_change = stale and (self._is_trained or any(p.grad is not None for p in self._parameters))
         if versions == self._versions and not (is_buffer or may_change):
             return
         self._versions = versions
@@ -130,15 +130,26 @@ def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), arrived, non_blocking=True)
 
 
-def _buckets(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+def _buckets(parameters: Sequence[Tensor]) -> list[tuple[bool, list[Tensor]]]:
+    """Which parameters travel together, and whether they are trained.
+
+    Frozen ones travel apart, and are copied once, however often the others are; but one that is another name of a
+    trained one's memory changes with it.
+    """
     open_: dict[Any, list[Tensor]] = {}
     sizes: dict[Any, int] = {}
-    full: list[list[Tensor]] = []
+    full: list[tuple[bool, list[Tensor]]] = []
+    trained = {_storage(parameter) for parameter in parameters if parameter.requires_grad}
     for parameter in parameters:
-        key = (parameter.dtype, parameter.requires_grad, isinstance(parameter, nn.Parameter))
+        is_trained = _storage(parameter) in trained
+        key = (is_trained, parameter.dtype, isinstance(parameter, nn.Parameter))
         open_.setdefault(key, []).append(parameter)
         sizes[key] = sizes.get(key, 0) + num_bytes(parameter)
         if sizes[key] >= BUCKET_BYTES:
-            full.append(open_.pop(key))
+            full.append((is_trained, open_.pop(key)))
             sizes[key] = 0
-    return full + list(open_.values())
+    return full + [(key[0], bucket) for key, bucket in open_.items()]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

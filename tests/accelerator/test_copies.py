@@ -122,6 +122,26 @@ def test_a_frozen_parameter_is_copied_once_though_every_forward_leaves_tensors_i
         assert parameters_sent(simulated, wrapped)[1] <= 16  # what is in the list, like buffers
 
 
+def test_a_frozen_parameter_that_is_another_name_of_a_trained_one_follows_it() -> None:
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live = nn.Linear(3, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.live(x) + x @ self.teacher.t()
+            return out
+
+    plain, wrapped = twins(Teacher(), [0, 1])
+    for net, call in ((plain, plain), (wrapped.module, wrapped)):
+        net.teacher = nn.Parameter(net.live.weight.data, requires_grad=False)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for _ in range(2):
+            call(rows(8).to(net.teacher.device)).sum().backward()
+            optimizer.step()
+    assert_same_values(feed(wrapped), plain(rows(8)))
+
+
 def test_a_frozen_parameter_that_was_written_to_is_copied_again(simulated: types.ModuleType) -> None:
     net = mlp()
     net.requires_grad_(False)
