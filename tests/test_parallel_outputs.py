@@ -206,14 +206,21 @@ def test_a_gathered_output_may_be_written_to() -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_an_output_may_be_sparse_or_given_a_sparse_gradient(num_towers: int) -> None:
-    x = batch(7, requires_grad=True)
-    plain, wrapped = twins(nn.Linear(3, 2), num_towers)
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    plain, wrapped = twins(Scaled(), num_towers)
     for net in (plain, wrapped):
-        F.embedding(torch.tensor([0, 6, 6, 3]), net(x), sparse=True).square().sum().backward()
+        F.embedding(torch.tensor([0, 6, 6, 3]), net(batch(7)), sparse=True).square().sum().backward()
     assert_same_gradients(wrapped, plain)
     plain, wrapped = twins(WithOutput(lambda out: out.relu().to_sparse()), num_towers)
     for net in (plain, wrapped):
-        net(x).to_dense().square().sum().backward()
+        net(batch(7)).to_dense().square().sum().backward()
     assert_same_gradients(wrapped, plain)
 
 
