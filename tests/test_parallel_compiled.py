@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, steps_follow, twins, wrap
 
 # ---- torch.compile
 
@@ -70,12 +70,33 @@ def test_torch_compile_of_the_wrapper_gives_the_same_gradients(counting_backend:
     plain, wrapped = twins(mlp(), 2)
     compiled = torch.compile(wrapped, backend=counting_backend)
     for step in range(2):
-        for net in (plain, compiled):
-            net.zero_grad()
-            net(batch(5, seed=step)).square().sum().backward()
+        plain.zero_grad()
+        plain(batch(5, seed=step)).square().sum().backward()
+        compiled.zero_grad()
+        with pytest.warns(UserWarning, match=r"leaves what its towers do as it is; .* call the wrapper's compile\(\)"):
+            out = compiled(batch(5, seed=step))
+        out.square().sum().backward()
         assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", (1, 3))
+def test_compile_of_the_wrapper_compiles_the_module_once_for_all_towers(num_towers: int, counting_backend: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    steps_follow(plain, wrapped, lambda step: batch(6, seed=step))
+    wrapped.compile(backend=counting_backend, dynamic=False)
+    steps_follow(plain, wrapped, lambda step: batch(6, seed=step))
+    assert len(counting_backend.graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:TowerParallel. expected to be called outside of what torch.compile compiles")
 def test_torch_compile_of_a_step_around_the_wrapper_works(counting_backend: Any) -> None:
     plain, wrapped = twins(mlp(), 2)
 

@@ -153,7 +153,8 @@ def _check_same_everywhere(outputs: Sequence[Any], path: str) -> None:
     first = outputs[0]
     for tower, other in enumerate(outputs):
         if other is not first and (type(other) is not type(first) or not _equal(first, other)):
-            raise ValueError(_differ(path, repr(first), tower, repr(other)) + "; tensors may differ, and are joined")
+            words = _differ(path, _shown(first), tower, _shown(other))
+            raise ValueError(words + "; tensors may differ, and are joined")
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -177,6 +178,7 @@ def _holds_tensors(value: Any) -> bool:
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
 _LARGE = 64
 _MANY = 1024  # objects, after which the search is given up
+_MOST_SHOWN = 200  # characters of a value, in an error
 
 
 def _held_by(value: Any) -> list[Any]:
@@ -214,6 +216,11 @@ def _tell(value: Any) -> str:
     kind = type(value).__name__
     names = names_of(value)
     return f"{kind} of length {len(names)}" if names == list(range(len(names))) else f"{kind} of {names}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _differ(path: str, expected: str, tower: int, got: str) -> str:

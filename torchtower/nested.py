@@ -63,7 +63,8 @@ def children_of(value: Any) -> list[Any] | None:
     if isinstance(value, PackedSequence):
         raise ValueError(
             "TowerParallel: expected tensors that can be split by rows, but got a PackedSequence; "
-            "pass the padded tensor and its lengths, and pack inside the module"
+            "pass the padded tensor and its lengths, and pack inside the module (what is padded again there needs "
+            "total_length=x.size(1), since towers' longest rows differ)"
         )
     if isinstance(value, (tuple, list, Mapping)):
         entries = _entries(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -168,7 +169,30 @@ class TowerParallel(Steps[Module]):
             outputs = result.connect_each()
         return self.gather(outputs, self.output_device)
 
-    _forward_untraced = untraced(_forward_on_towers)
+    @untraced
+    def _forward_untraced(self, inputs: Any, kwargs: Any) -> Any:
+        self._warn_of_compiler()
+        return self._forward_on_towers(inputs, kwargs)
+
+    def _warn_of_compiler(self) -> None:
+        with self._lock:
+            is_compiled = self._running().is_compiled
+        if not is_compiled:
+            warnings.warn(
+                "TowerParallel: expected to be called outside of what torch.compile compiles, which stops at a wrapper "
+                "and leaves what its towers do as it is; wrap the compiled module, TowerParallel(torch.compile(net)), "
+                "or call the wrapper's compile()",
+                stacklevel=2,
+            )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the module, once for all towers.
+
+        Args:
+            *args: as of ``nn.Module.compile``.
+            **kwargs: likewise.
+        """
+        self.module.compile(*args, **kwargs)
 
     def _shards(self, inputs: Any, kwargs: Any, own_scatter: bool) -> Shards:
         if own_scatter:
@@ -275,7 +299,11 @@ class TowerParallel(Steps[Module]):
         assert mean is not None
         return mean
 
-    _tower_loss_untraced = untraced(_tower_loss_on_towers)
+    @untraced
+    def _tower_loss_untraced(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
+        if getattr(loss_fn, "_torchdynamo_orig_callable", None) is None:
+            self._warn_of_compiler()
+        return self._tower_loss_on_towers(loss_fn, batch, kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

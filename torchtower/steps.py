@@ -7,7 +7,7 @@ Where a subclass has a ``scatter`` or ``gather`` of its own, TowerParallel's for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class Steps(nn.DataParallel[Module]):
     """nn.DataParallel with steps that take CPU towers, too; all of them let gradients through."""
 
-    devices: tuple[torch.device, ...]
+    if TYPE_CHECKING:  # torch.jit.script, which refuses wrappers, would stop at this in words of no use
+        devices: tuple[torch.device, ...]
 
     def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> tuple[tuple[Any, ...], tuple[dict[str, Any], ...]]:
         """Cut a batch as TowerParallel's forward does; see ``nn.DataParallel.scatter``.

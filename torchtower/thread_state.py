@@ -23,14 +23,18 @@ from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torchtower.streams import Streams
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
 _parametrize: Any = parametrize
 
 
-# Decorates what a surrounding torch.compile must leave alone: the graph breaks there and nothing within is traced.
-# Unlike torch.compiler.disable it does not import the compiler.
-untraced: Any = vars(torch)["_disable_dynamo"]
+def untraced(function: Function) -> Function:
+    """Decorates what a surrounding torch.compile must leave alone: the graph breaks there, nothing within is traced."""
+    decorated: Function = vars(torch)["_disable_dynamo"](
+        function
+    )  # does not import the compiler as torch.compiler does
+    return decorated
 
 
 def transforming() -> bool:

@@ -72,8 +72,8 @@ class Towers:
         self._plan_parameters()
         self._is_following = False
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
-        # T towers that meet a compiled module at once would compile it T times.
-        self._in_turn = _is_compiled(self._original.modules)
+        self.is_compiled = _is_compiled(self._original.modules)
+        self._in_turn = self.is_compiled  # T towers that meet a compiled module at once would compile it T times
         self.went_backward = False  # whether a tower of the last call did, beside what the bridge runs
 
     @property
@@ -193,8 +193,9 @@ class Towers:
         changes = self._original.changes()
         if changes != []:
             self._original.check_device()
+            before, self.is_compiled = self.is_compiled, _is_compiled(self._original.modules)
+            self._in_turn |= self.is_compiled and (changes is None or not before)
         if changes is None:
-            self._in_turn = _is_compiled(self._original.modules)
             self._plan_parameters()
             for replica in self._replicas:
                 replica.rebuild()

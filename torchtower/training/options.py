@@ -116,8 +116,9 @@ def continued_options(said: Mapping[str, Any], saved: object, path: Path) -> Opt
     _check(said)
     for name, value in {**saved, "towers": len(saved["devices"])}.items():
         if name not in ("data", "devices") and said.get(name, value) != value:
+            expected = "nothing" if value is None else value
             raise CheckpointError(
-                f"{_option(name)}: expected {value}, as the run of {path} began, but got {said[name]}"
+                f"{_option(name)}: expected {expected}, as the run of {path} began, but got {said[name]}"
             )
     data = None if saved["data"] is None else Path(saved["data"])
     towers = len(saved["devices"])
