@@ -31,9 +31,8 @@ _parametrize: Any = parametrize
 
 def untraced(function: Function) -> Function:
     """Decorates what a surrounding torch.compile must leave alone: the graph breaks there, nothing within is traced."""
-    decorated: Function = vars(torch)["_disable_dynamo"](
-        function
-    )  # does not import the compiler as torch.compiler does
+    # What torch.compiler.disable does, without importing the compiler.
+    decorated: Function = vars(torch)["_disable_dynamo"](function)
     return decorated
 
 
