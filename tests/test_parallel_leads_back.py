@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import types
 import weakref
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import (
+    SEVERAL,
     assert_close,
     assert_same_gradients,
     assert_trains_alike,
@@ -23,6 +25,19 @@ from tests.helpers import (
     steps_follow,
     wrap,
 )
+
+
+class Pair(tuple[Any, Any]):
+    """Not made of one list, as a tuple is."""
+
+    def __new__(cls, first: Any, second: Any) -> Pair:
+        return super().__new__(cls, (first, second))
+
+
+@dataclasses.dataclass(eq=False)
+class Stage:
+    net: Any
+    siblings: tuple[Any, ...] = ()
 
 
 class SelfReferring(nn.Module):
@@ -59,6 +74,12 @@ class SelfReferring(nn.Module):
         self.by_record = types.SimpleNamespace(scaled=self.scaled)
         self.by_cycle: list[Any] = [self.scaled]
         self.by_cycle.append((self.by_cycle,))
+        scaled = self.scaled
+        self.by_patched = types.MethodType(lambda net, x: scaled(x), self)
+        self.by_pair = Pair(self.fc, self)
+        self.by_siblings = (Stage(self.fc), Stage(self))
+        for stage in self.by_siblings:
+            stage.siblings = self.by_siblings
 
     def scaled(self, x: Tensor) -> Tensor:
         return x * self.weight
@@ -81,13 +102,15 @@ class SelfReferring(nn.Module):
         return self.scaled(fc(x))
 
 
-CALLABLE = ["method", "partial", "closure", "default", "recursion", "each_other"]
+CALLABLE = ["method", "partial", "closure", "default", "recursion", "each_other", "patched"]
 HOLDING: dict[str, Callable[[Any], Any]] = {
     "builtin": lambda way: way("scaled"),
     "weak_method": lambda way: way(),
     "defaultdict": lambda way: way["scaled"][0],
     "record": lambda way: way.scaled,
     "cycle": lambda way: way[1][0][0],
+    "pair": lambda way: way[1].scaled,
+    "siblings": lambda way: way[0].siblings[1].siblings[1].net.scaled,
 }
 WAYS = [*CALLABLE, *HOLDING, "list", "dict", "tuple", "set", "reference", "parent", "weight"]
 
@@ -108,6 +131,39 @@ def test_derivatives_through_attributes_that_lead_back_to_the_module_are_the_pla
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         assert_close(ours, theirs)
     assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+class Switching(nn.Module):
+    """Two functions share what they close over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+        chosen = self.first
+
+        def switch() -> None:
+            nonlocal chosen
+            chosen = self.second if chosen is self.first else self.first
+
+        self.switch = switch
+        self.functions = {"apply": lambda x: chosen(x), "switch": switch}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.functions["switch"]()
+        return self.functions["apply"](x)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_functions_that_share_what_they_close_over_go_on_to_share_it(num_towers: int) -> None:
+    plain, wrapped = Switching().double(), Switching().double()
+    wrapped.load_state_dict(plain.state_dict())
+    model = wrap(wrapped, num_towers)
+    for step in range(3):
+        x = batch(7, seed=step)
+        for net in (plain, model):
+            net.zero_grad()
+            net(x).square().sum().backward()
+        assert_same_gradients(model, plain)
 
 
 def test_lists_of_submodules_outside_of_module_lists_are_trained() -> None:

@@ -425,6 +425,64 @@ def test_what_the_main_towers_backward_assigns_to_attributes_is_kept(num_towers:
         assert_close(net.gradient, plain.gradient[:4])
 
 
+class Pending(OneLayer):
+    """Its backward undoes what its forward does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending, self.kept, self.stack = False, None, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.pending
+        self.pending, self.kept = True, x
+        self.stack.append(1)
+        out: Tensor = self.fc(x)
+        out.register_hook(self._done)
+        return out
+
+    def _done(self, _: Tensor) -> None:
+        self.pending, self.kept = False, None
+        self.stack.pop()
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_backward_puts_back_is_back(num_towers: int) -> None:
+    plain, wrapped = twins(Pending(), num_towers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            out = net(batch(8, seed=step))
+            assert getattr(net, "module", net).stack == [0, 1]
+            out.sum().backward()
+        assert (wrapped.module.pending, wrapped.module.kept, wrapped.module.stack) == (False, None, [0])
+    assert_same_gradients(wrapped, plain)
+
+
+class LooksItselfUp(OneLayer):
+    """Finds itself in a table of its own in its backward, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: dict[str, Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table["net"] = self
+        out: Tensor = torch.utils.checkpoint.checkpoint(lambda x: self.table["net"].fc(x), x, use_reentrant=True)
+        return out
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_forward_puts_into_an_empty_container_leads_its_backward_to_the_towers_own(num_towers: int) -> None:
+    plain, wrapped = twins(LooksItselfUp(), num_towers)
+    for step in range(3):
+        x = batch(8, seed=step, requires_grad=True)
+        for net in (plain, wrapped):
+            net.zero_grad()
+        plain(x).square().mean().backward()
+        wrapped.tower_loss(lambda replica, x: replica(x).square().mean(), x).backward()
+        assert_same_gradients(wrapped, plain)
+        assert wrapped.module.table == {"net": wrapped.module}
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpointed_forward_counts_its_second_run_as_the_plain_module_does(use_reentrant: bool) -> None:
     class Net(nn.Module):

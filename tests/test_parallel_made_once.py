@@ -18,6 +18,8 @@ from tests.modules import OneLayer
 class Helper:
     """Of a class that nobody knows."""
 
+    siblings: tuple[Helper, ...] = ()
+
     def __init__(self, net: Any) -> None:
         self.net = net
 
@@ -26,6 +28,12 @@ class Helper:
 
     def itself(self) -> Helper:
         return self
+
+
+def siblings(*helpers: Helper) -> tuple[Helper, ...]:
+    for helper in helpers:
+        helper.siblings = helpers
+    return helpers
 
 
 class Lazy(OneLayer):
@@ -52,6 +60,7 @@ HELPERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "in a list": (lambda net: [Helper(net)], lambda helpers: helpers[0]),
     "in an object": (lambda net: Helper(Helper(net)), lambda helper: helper.net),
     "cached property": (lambda net: 1, lambda helper: None),
+    "siblings": (lambda net: siblings(Helper(net), Helper(net)), lambda helpers: helpers[0].siblings[1]),
     "bound method": (lambda net: Helper(net).itself, lambda itself: itself()),
     "distribution": (
         lambda net: Normal(net.scale, torch.ones_like(net.scale)),

@@ -147,7 +147,7 @@ def _rebuild_entries(value: Any, before: list[Any], children: list[Any]) -> Any:
     if isinstance(value, Mapping):
         return _rebuild_mapping(value, before, children)
     if isinstance(value, tuple):
-        return _rebuild_tuple(value, children)
+        return rebuild_tuple(value, children)
     rebuilt = copy.copy(value)
     rebuilt[:] = children
     return rebuilt
@@ -164,7 +164,8 @@ def _rebuild_record(value: Any, children: list[Any]) -> Any:
     return rebuilt
 
 
-def _rebuild_tuple(value: tuple[Any, ...], children: list[Any]) -> Any:
+def rebuild_tuple(value: tuple[Any, ...], children: list[Any]) -> Any:
+    """A tuple of the same class of other values, whatever that class makes its own of."""
     make = getattr(type(value), "_make", type(value))  # a named tuple's
     attributes = getattr(value, "__dict__", {})
     with suppress(Exception):

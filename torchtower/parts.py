@@ -81,20 +81,16 @@ def is_plain_tuple(kind: type) -> bool:
     return kind is tuple or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 
-def parts_of(value: Any) -> list[Any] | None:
-    """What a value holds, where copies of such values can be made; None where they cannot."""
-    parts = _parts_of_known(value)
-    return all_parts_of(value) if parts is None and id(value) in _made else parts
+def parts_of(value: Any, *, deep: bool = False) -> list[Any] | None:
+    """What a value holds, where copies of such values can be made; None where they cannot.
 
-
-def is_foreign(value: Any) -> bool:
-    """Whether copies of such a value can be made by its class alone."""
-    return _parts_of_known(value) is None
-
-
-def _parts_of_known(value: Any) -> list[Any] | None:
+    Args:
+        value: anything.
+        deep: also what an object holds of which its class alone can make a copy, as it is of those that a forward has
+            made.
+    """
     kind = type(value)
-    if isinstance(value, (Tensor, nn.Module)) or kind is type:
+    if isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
         return None
     if kind in _DICTS:
         return [*value.keys(), *value.values()]
@@ -106,21 +102,22 @@ def _parts_of_known(value: Any) -> list[Any] | None:
         return [*contents, *(value.__defaults__ or ()), *keywords.values(), *value.__dict__.values()]
     if kind is functools.partial:
         return [value.func, *value.args, *value.keywords.values()]
-    if kind is types.MethodType or (kind is types.BuiltinMethodType and type(value.__self__) in CONTAINERS):
+    if kind is types.MethodType:
+        return [value.__self__, value.__func__]
+    if kind is types.BuiltinMethodType and type(value.__self__) in CONTAINERS:
         return [value.__self__]
     if kind is weakref.ref:
         return [value()]
     if kind is weakref.WeakMethod:  # makes a new method at each call
         return [getattr(value(), "__self__", None)]
-    return list(vars(value).values()) if is_record(value) else None
+    if is_record(value):
+        return list(vars(value).values())
+    return [part for _, _, part in entries_of(value)] if deep or id(value) in _made else None
 
 
-def all_parts_of(value: Any) -> list[Any] | None:
-    """As `parts_of`, and of whatever else has entries or attributes."""
-    parts = _parts_of_known(value)
-    if parts is not None or isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
-        return parts
-    return [part for _, _, part in entries_of(value)]
+def is_foreign(value: Any) -> bool:
+    """Whether copies of such a value can be made by its class alone."""
+    return parts_of(value) is None or (id(value) in _made and not is_record(value))
 
 
 def entries_of(value: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -153,7 +150,7 @@ def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
             found[id(part)] = part
         elif type(part) not in ATOMS and id(part) not in seen:
             seen.add(id(part))
-            pending.extend(all_parts_of(part) or ())
+            pending.extend(parts_of(part, deep=True) or ())
     return list(found.values())
 
 

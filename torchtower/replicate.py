@@ -79,7 +79,7 @@ class Replica:
 
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
-        before, self._to_replica = self._to_replica, Translation(copy_containers=not self._is_main)
+        before, self._to_replica = self._to_replica, Translation()
         self._places.clear()
         self._links.clear()
         self._met.clear()
@@ -223,6 +223,7 @@ class Replica:
 
     def _watch_own(self) -> None:
         groups = [self._places[id(module)] for module in self._original.modules]
+        self._touched: set[int] = set()  # indices of modules that have been changed since, though it be back
         self._own = Watch(chain.from_iterable(map(Place.watched, places)) for places in groups)
 
     def follow(self, changed: Iterable[nn.Module]) -> None:
@@ -233,7 +234,7 @@ class Replica:
         stale = {id(module): module for module in changed}
         if self._links:
             stale.update((id(module), module) for module in modules if id(module) in self._links)
-        stale.update((id(modules[index]), modules[index]) for index in self._own.changed())
+        stale.update((id(modules[index]), modules[index]) for index in self._touched.union(self._own.changed()))
         for module in stale.values():
             self._install(module)
         if stale:
@@ -269,7 +270,8 @@ class Replica:
     def take_written(self) -> list[Written]:
         """What this replica wrote into attributes and dicts since the last call, as values of the replica's world."""
         found = []
-        for index in self._own.changed():
+        self._touched.update(self._own.changed())
+        for index in sorted(self._touched):
             module = self._original.modules[index]
             for place in self._places[id(module)]:
                 found += [Written(module, place, *change) for change in place.take_changes()]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchtower.nested import rebuild_tuple
 from torchtower.parts import (
     ATOMS,
     CONTAINERS,
     MANY,
-    all_parts_of,
     cell_content,
     container_of,
     entries_of,
@@ -46,17 +46,15 @@ class Translation:
     """A one-to-one table of objects, applied to values of any depth.
 
     Args:
-        copy_containers: copy small containers even where nothing in them is translated, so that what one side adds
-            to them does not reach the other. Those that functions refer to stay shared, where they lead to nothing
-            that is translated: a hook may collect there.
-        deep: look into objects of any class.
-        left_behind: likewise, and into modules; a forward has made what leads from there to its own modules, parameters
+        deep: look into objects of any class. Else small containers are copied even where nothing in them is translated,
+            so that what one side adds to them does not reach the other. Those that functions refer to stay shared,
+            where they lead to nothing that is translated: a hook may collect there.
+        left_behind: deep, and into modules; a forward has made what leads from there to its own modules, parameters
             and buffers, and objects among it are noted, see `torchtower.parts`.
     """
 
-    def __init__(self, *, copy_containers: bool = False, deep: bool = False, left_behind: bool = False) -> None:
-        self.copy_containers = copy_containers
-        self.deep = deep
+    def __init__(self, *, deep: bool = False, left_behind: bool = False) -> None:
+        self.deep = deep or left_behind
         self.left_behind = left_behind
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
@@ -84,7 +82,7 @@ class Translation:
             return entry[1]
         if isinstance(value, Tensor) or (isinstance(value, nn.Module) and not self.left_behind):
             return value
-        return _Copy(self, value).of(value, self.copy_containers)
+        return _Copy(self, value).of(value, not self.deep)
 
 
 class _Copy:
@@ -98,39 +96,37 @@ class _Copy:
     def __init__(self, translation: Translation, root: Any) -> None:
         self._translation = translation
         self._table = translation.table
-        self._parts_of = _parts_left if translation.left_behind else all_parts_of if translation.deep else parts_of
         self._most = MANY if translation.left_behind else sys.maxsize
         self._done: dict[int, Any] = {}
-        self._leading, self._leading_to_module = self._find_leading(root)
+        self._leading = self._find_leading(root)
 
-    def _find_leading(self, root: Any) -> tuple[set[int], set[int]]:
-        """The ids of what leads from ``root`` to something in the table, which must be copied.
-
-        And of what leads to more than tensors with graphs.
-        """
+    def _find_leading(self, root: Any) -> set[int]:
+        """The ids of what leads from ``root`` to something in the table, which must be copied."""
         holders_of: dict[int, list[int]] = {id(root): []}
         leading: set[int] = set()
-        leading_to_module: set[int] = set()
         pending = [root]
         while pending and len(holders_of) < self._most:
             holder = pending.pop()
-            for part in () if id(holder) in self._table else self._parts_of(holder) or ():
+            for part in () if id(holder) in self._table else self._parts(holder) or ():
                 if id(part) in self._table:
                     leading.add(id(holder))
-                    if not isinstance(part, Tensor) or part.grad_fn is None:
-                        leading_to_module.add(id(holder))
                 elif id(part) in holders_of:
                     holders_of[id(part)].append(id(holder))
                 elif type(part) not in ATOMS:
                     holders_of[id(part)] = [id(holder)]
                     pending.append(part)
-        for found in (leading, leading_to_module):
-            spreading = list(found)
-            while spreading:
-                new = [holder for holder in holders_of[spreading.pop()] if holder not in found]
-                found.update(new)
-                spreading.extend(new)
-        return leading, leading_to_module
+        spreading = list(leading)
+        while spreading:
+            new = [holder for holder in holders_of[spreading.pop()] if holder not in leading]
+            leading.update(new)
+            spreading.extend(new)
+        return leading
+
+    def _parts(self, value: Any) -> list[Any] | None:
+        if self._translation.left_behind and isinstance(value, nn.Module):
+            # A wrapper leads to its replicas by its attributes.
+            return [value._modules] if isinstance(value, nn.DataParallel) else list(vars(value).values())
+        return parts_of(value, deep=self._translation.deep)
 
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
@@ -143,14 +139,13 @@ class _Copy:
         copy = copy and (is_plain_tuple(type(value)) or container_of(value) is not None)
         if id(value) not in self._leading and not copy:
             return value
-        self._done[id(value)] = value  # until it is made: a cycle of what cannot be made empty meets the original
         if isinstance(value, nn.Module):
             return self._module(value)
-        if self._translation.left_behind and id(value) in self._leading_to_module and is_foreign(value):
+        if self._translation.left_behind and is_foreign(value):
             note_made(value)  # a record then, if it can be one
         if type(value) in CONTAINERS or is_record(value):
             twin = self._done[id(value)] = self._twin_of(value)
-            parts = [self.of(part, copy) for part in self._parts_of(value) or ()]
+            parts = [self.of(part, copy) for part in self._parts(value) or ()]
             if is_record(value):
                 vars(twin).clear()
                 vars(twin).update(zip(vars(value), parts, strict=True))
@@ -161,7 +156,9 @@ class _Copy:
         elif is_foreign(value):
             self._done[id(value)] = self._foreign(value)
         else:
-            self._done[id(value)] = self._immutable(value, [self.of(part, copy) for part in parts_of(value) or ()])
+            parts = [self.of(part, copy) for part in parts_of(value) or ()]
+            if id(value) not in self._done:  # it may lead back to itself, by way of a container
+                self._done[id(value)] = self._immutable(value, parts)
         return self._done[id(value)]
 
     def _module(self, value: nn.Module) -> nn.Module:
@@ -214,7 +211,7 @@ class _Copy:
             split = 1 + len(value.args)
             return functools.partial(parts[0], *parts[1:split], **dict(zip(value.keywords, parts[split:], strict=True)))
         if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, parts[0])
+            return types.MethodType(parts[1], parts[0])
         if isinstance(value, types.BuiltinMethodType):
             return getattr(parts[0], value.__name__)
         if isinstance(value, weakref.WeakMethod):
@@ -222,8 +219,7 @@ class _Copy:
             return weakref.WeakMethod(types.MethodType(method.__func__, parts[0]))
         if isinstance(value, weakref.ref):
             return weakref.ref(parts[0])
-        make = getattr(type(value), "_make", type(value))  # a named tuple's
-        twin = make(parts)
+        twin = self._done[id(value)] = rebuild_tuple(value, parts) if isinstance(value, tuple) else type(value)(parts)
         for name, part in getattr(value, "__dict__", {}).items():
             vars(twin)[name] = self.of(part, False)
         return twin
@@ -234,7 +230,7 @@ class _Copy:
 
         # A cell is shared unless what it holds must be another, so that a hook's ``nonlocal`` reaches its user.
         cells = value.__closure__ or ()
-        closure = tuple(types.CellType() if leads(cell_content(cell)) else cell for cell in cells)
+        closure = tuple(self._twin_of(cell) if leads(cell_content(cell)) else cell for cell in cells)
         copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
         self._done[id(value)] = copied
         for cell, new in zip(cells, closure, strict=True):
@@ -248,17 +244,11 @@ class _Copy:
         return copied
 
 
-def _parts_left(value: Any) -> list[Any] | None:
-    if isinstance(value, nn.DataParallel):  # by its attributes it leads to its replicas
-        return [value._modules]
-    if isinstance(value, nn.Module):
-        return list(vars(value).values())
-    return all_parts_of(value)
-
-
 def _like(value: Any) -> Any:
     if isinstance(value, types.SimpleNamespace):
         return types.SimpleNamespace()
+    if isinstance(value, types.CellType):  # of all functions that share it
+        return types.CellType()
     # Of a record none of the class's own code is run, which might hand out the user's object; a container keeps its
     # default_factory or maxlen.
     return object.__new__(type(value)) if is_record(value) else copying.copy(value)
