@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -129,6 +130,45 @@ def test_a_module_made_in_inference_mode_is_evaluated(num_towers: int) -> None:
         assert_close(wrapped(batch(7)), plain(batch(7)))
     with torch.no_grad():
         assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+class Growing(nn.Module):
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+        self.body = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)])
+        self.heads = nn.ModuleDict({name: nn.Linear(3, 3) for name in "abc"})
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.body, *self.heads.values()):
+            x = layer(x)
+        if self.change is not None:
+            self.change(self)
+            self.change = None
+        return x
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "del": lambda net: net.layers.__delitem__(1),
+    "pop": lambda net: net.layers.pop(0),
+    "insert": lambda net: net.layers.insert(1, nn.Tanh()),
+    "append": lambda net: net.layers.append(nn.Tanh()),
+    "reversed": lambda net: setattr(net.layers, "_modules", {"0": net.layers[2], "1": net.layers[0]}),
+    "del of a sequence": lambda net: net.body.__delitem__(0),
+    "pop of a dict": lambda net: net.heads.pop("b"),
+    "clear of a dict": lambda net: net.heads.clear(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_forward_may_change_its_lists_of_modules(num_towers: int, change: str) -> None:
+    plain, wrapped = twins(Growing(CHANGES[change]), num_towers)
+    for step in range(3):
+        assert_close(wrapped(batch(8, seed=step)), plain(batch(8, seed=step)))
+        assert list(wrapped.module.state_dict()) == list(plain.state_dict())
+    steps_follow(plain, wrapped, lambda step: batch(8, seed=step))
 
 
 class Doubled(nn.Module):

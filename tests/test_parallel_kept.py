@@ -226,12 +226,27 @@ class _Extractor:
         self.by_name["out"].append(output)
 
 
+_global_extractor = _Extractor()
+
+
+def _keep_in_a_global_object(module: nn.Module, args: Any, output: Tensor) -> None:
+    _global_extractor.by_name["out"].append(output)
+
+
+class _Features(list[Any]):
+    """A list of a class of one's own."""
+
+
 def _hooks() -> list[tuple[str, Any, Callable[[], list[Tensor]]]]:
     closed: list[Tensor] = []
     by_default: list[Tensor] = []
     named: dict[str, Any] = {}
     pairs: list[Any] = []
     caller = _Extractor()
+    by_method: list[Tensor] = []
+    own = _Features()
+    nested: list[Any] = []
+    add = by_method.append
 
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         named.setdefault(name, []).append(output)
@@ -240,19 +255,24 @@ def _hooks() -> list[tuple[str, Any, Callable[[], list[Tensor]]]]:
         ("closure", lambda m, i, o: closed.append(o), lambda: closed),
         ("default", lambda m, i, o, kept=by_default: kept.append(o), lambda: by_default),
         ("tuples", lambda m, i, o: pairs.append(("out", o)), lambda: [o for _, o in pairs]),
+        ("method of a list", lambda m, i, o: add(o), lambda: by_method),
+        ("list of an own class", lambda m, i, o: own.append(o), lambda: own),
+        ("tuples in tuples", lambda m, i, o: nested.append(("out", (1, o))), lambda: [o for _, (_, o) in nested]),
+        ("global object", _keep_in_a_global_object, lambda: _global_extractor.by_name["out"]),
         ("partial", functools.partial(keep, "out"), lambda: named["out"]),
         ("callable object", caller, lambda: caller.by_name["out"]),
         ("global list", _keep_in_a_global_list, lambda: _global_features),
     ]
 
 
-@pytest.mark.parametrize("index", range(6), ids=[name for name, _, _ in _hooks()])
+@pytest.mark.parametrize("index", range(10), ids=[name for name, _, _ in _hooks()])
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_activations_that_a_hook_keeps_lead_to_the_parameters(index: int, num_towers: int) -> None:
     grads = []
     for net in twins(mlp(), num_towers):
         _, hook, features = _hooks()[index]
         _global_features.clear()
+        _global_extractor.by_name.clear()
         getattr(net, "module", net)[0].register_forward_hook(hook)
         (net(batch(8)).square().sum() + sum(f.square().sum() for f in features())).backward()
         grads.append(net)

@@ -25,6 +25,7 @@ from tests.helpers import (
     steps_follow,
     wrap,
 )
+from tests.modules import OneLayer
 
 
 class Pair(tuple[Any, Any]):
@@ -71,6 +72,7 @@ class SelfReferring(nn.Module):
         self.by_builtin = {"scaled": self.scaled}.get
         self.by_weak_method = weakref.WeakMethod(self.scaled)
         self.by_defaultdict = collections.defaultdict(list, scaled=[self.scaled])
+        self.by_factory = collections.defaultdict(lambda: self.scaled)
         self.by_record = types.SimpleNamespace(scaled=self.scaled)
         self.by_cycle: list[Any] = [self.scaled]
         self.by_cycle.append((self.by_cycle,))
@@ -107,6 +109,7 @@ HOLDING: dict[str, Callable[[Any], Any]] = {
     "builtin": lambda way: way("scaled"),
     "weak_method": lambda way: way(),
     "defaultdict": lambda way: way["scaled"][0],
+    "factory": lambda way: way["scaled"],
     "record": lambda way: way.scaled,
     "cycle": lambda way: way[1][0][0],
     "pair": lambda way: way[1].scaled,
@@ -120,6 +123,24 @@ def test_attributes_that_lead_back_to_the_module_lead_to_the_towers_own(way: str
     plain, wrapped = SelfReferring(way).double(), SelfReferring(way).double()
     wrapped.load_state_dict(plain.state_dict())
     steps_follow(plain, wrap(wrapped, 3), lambda step: batch(7, seed=step))
+
+
+def test_a_function_that_leads_back_keeps_its_face() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+
+            def apply(x: Tensor) -> Tensor:
+                """Of use."""
+                return self.fc(x)
+
+            self.apply_layer = apply
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.apply_layer.__doc__ == "Of use." and "x" in self.apply_layer.__annotations__
+            return self.apply_layer(x)
+
+    assert wrap(Net(), 2)(torch.ones(4, 3)).shape == (4, 2)
 
 
 @pytest.mark.parametrize("way", WAYS)

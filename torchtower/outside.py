@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import types
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torchtower.parts import cell_content, container_of, is_small_container
+from torchtower.parts import cell_content, container_of
 
 _LAST = 1024
 
@@ -72,31 +73,26 @@ class Outside:
                 pending.extend((value.__func__, value.__self__))
             elif isinstance(value, functools.partial):
                 pending.extend((value.func, *value.args, *value.keywords.values()))
-            elif is_small_container(value):
-                self._roots.append(value)
-            elif type(getattr(value, "__dict__", None)) is dict and not isinstance(value, (types.ModuleType, Tensor)):
-                self._roots.append(vars(value))
+            elif isinstance(value, types.BuiltinMethodType):  # ``features.append``
+                pending.append(value.__self__)
+            elif (holder := _holder_in(value)) is not None:
+                self._roots.append(holder)
 
     def _kept(self) -> Iterator[tuple[Slot, list[Tensor]]]:
-        pending = list(self._globals)
-        for root in self._roots:
-            pending.extend(_slots(root))
+        named = [(slot, _holder_in) for slot in self._globals]
+        pending = named + [(slot, container_of) for root in self._roots for slot in _slots(root)]
         seen = set(map(id, self._roots))
         while pending:
-            slot = pending.pop()
+            slot, holder_in = pending.pop()
             try:
                 value = slot.get()
             except LookupError:  # a name that has been deleted, a list that another thread shortens
                 continue
-            if isinstance(value, Tensor):
-                if value.grad_fn is not None:
-                    yield slot, [value]
-            elif type(value) is tuple:
-                if tensors := [v for v in value if isinstance(v, Tensor) and v.grad_fn is not None]:
-                    yield slot, tensors
-            elif (container := container_of(value)) is not None and id(container) not in seen:
-                seen.add(id(container))
-                pending.extend(_slots(container))
+            if tensors := _with_graph(value):
+                yield slot, tensors
+            elif (holder := holder_in(value)) is not None and id(holder) not in seen:
+                seen.add(id(holder))
+                pending.extend((slot, container_of) for slot in _slots(holder))
 
     def remember(self) -> None:
         """Take what is there now for the user's own."""
@@ -114,12 +110,31 @@ class Outside:
 
 def put_connected(slots: Sequence[Slot], connected: dict[int, Tensor]) -> None:
     """Put the connected tensors, by the local ones' ids, where the local ones are."""
+
+    def exchanged(value: Any) -> Any:
+        if type(value) is tuple:
+            return tuple(map(exchanged, value))
+        return connected.get(id(value), value)  # hooks may share a place, which is then exchanged once
+
     for slot in slots:
-        value = slot.get()
-        if isinstance(value, tuple):
-            slot.set(tuple(connected.get(id(item), item) for item in value))
-        else:
-            slot.set(connected.get(id(value), value))  # hooks may share a place, which is then exchanged once
+        slot.set(exchanged(slot.get()))
+
+
+def _with_graph(value: Any) -> list[Tensor]:
+    """The tensors with a graph that a value is, or that a tuple of it holds."""
+    if type(value) is tuple:
+        return [tensor for part in value for tensor in _with_graph(part)]
+    return [value] if isinstance(value, Tensor) and value.grad_fn is not None else []
+
+
+def _holder_in(value: Any) -> Any:
+    """Where a list, a dict or an object of any class holds things: itself, or its attributes; None of what is none."""
+    if isinstance(value, (list, deque, dict)):
+        return value
+    if isinstance(value, (nn.Module, Tensor, types.ModuleType, type)):
+        return None
+    attributes = getattr(value, "__dict__", None)
+    return attributes if type(attributes) is dict else None
 
 
 def _nothing() -> None:

@@ -92,6 +92,8 @@ def parts_of(value: Any, *, deep: bool = False) -> list[Any] | None:
     kind = type(value)
     if isinstance(value, (Tensor, nn.Module, type, types.ModuleType)):
         return None
+    if kind is defaultdict:
+        return [*value.keys(), *value.values(), value.default_factory]
     if kind in _DICTS:
         return [*value.keys(), *value.values()]
     if kind in CONTAINERS or isinstance(value, (tuple, frozenset)):

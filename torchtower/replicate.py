@@ -62,6 +62,7 @@ class Replica:
         self._memory: dict[int, Any] = {}  # of each of the original's parameters, by its id, when leaves were made
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
+        self._dicts: dict[int, dict[str, Any]] = {}  # parameters, hooks and so on in the replica of each, by its id
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
         self._hook_dicts: dict[int, tuple[Any, Any]] = {}  # this replica's, by their ids, and the original's
         self._sources: list[Tensor] = []
@@ -82,6 +83,7 @@ class Replica:
         before, self._to_replica = self._to_replica, Translation()
         self._places.clear()
         self._links.clear()
+        self._dicts.clear()
         self._met.clear()
         self._hook_dicts.clear()
         for module in self._original.modules:
@@ -196,6 +198,7 @@ class Replica:
                 object.__setattr__(twin, "__class__", type(module))
         for source in sources:  # which must not live longer than the module holds it
             self._to_replica.remove(source)
+        self._dicts[id(module)] = dicts
         self._places[id(module)] = list(places_of(module, twin))
         self._met[id(module)] = self._to_replica.met
 
@@ -273,9 +276,19 @@ class Replica:
         self._touched.update(self._own.changed())
         for index in sorted(self._touched):
             module = self._original.modules[index]
+            self._put_back_dicts(module)
             for place in self._places[id(module)]:
                 found += [Written(module, place, *change) for change in place.take_changes()]
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
+
+    def _put_back_dicts(self, module: nn.Module) -> None:
+        """Fill a module's own dict where a forward has put another in its place, as ``del layers[0]`` does."""
+        held = self.twin_of(module).__dict__
+        for name, own in self._dicts[id(module)].items():
+            if (other := held.get(name)) is not own and isinstance(other, dict):
+                own.clear()
+                own.update(other)
+                held[name] = own
 
     def to_original(self) -> Translation:
         """The way back: replica's modules, parameters and buffers to the original's."""

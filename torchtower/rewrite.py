@@ -12,6 +12,7 @@ import functools
 import sys
 import types
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -239,7 +240,8 @@ class _Copy:
         copied.__defaults__ = tuple(self.of(part, False) for part in value.__defaults__ or ()) or None
         keywords = value.__kwdefaults__ or {}
         copied.__kwdefaults__ = {name: self.of(part, False) for name, part in keywords.items()} or None
-        copied.__qualname__ = value.__qualname__
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            setattr(copied, name, getattr(value, name))
         copied.__dict__.update((name, self.of(part, False)) for name, part in value.__dict__.items())
         return copied
 
@@ -258,7 +260,9 @@ def _refill(container: Any, parts: list[Any]) -> None:
     container.clear()
     if isinstance(container, dict):
         half = len(parts) // 2
-        container.update(dict(zip(parts[:half], parts[half:], strict=True)))
+        container.update(dict(zip(parts[:half], parts[half : 2 * half], strict=True)))
+        if isinstance(container, defaultdict):
+            container.default_factory = parts[-1]
     elif isinstance(container, set):
         container.update(parts)
     else:
