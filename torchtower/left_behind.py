@@ -36,13 +36,11 @@ class LeftBehind:
         self._main = replicas[0]
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
-        self._tensors: list[tuple[int, Tensor]] = []  # that have a graph, and whose
         self._known = _sources(self._main) if self._written else []
-        if not self._written and not self._kept:  # nearly always
-            return
         known = {id(twin) for twin, _ in self._known}
-        self._tensors += [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
-        self._tensors += [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
+        left = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
+        kept = [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
+        self._tensors = left + kept  # that have a graph, and whose
 
     def columns(self, num_towers: int) -> list[tuple[Port, list[Grad]]]:
         """Of each tensor that has a graph how it crosses the bridge, and what each tower has there."""

@@ -174,7 +174,6 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
-        self._pair_hook_dicts(module, twin)
         self._to_replica.met = []
         sources = graph_tensors(module)
         self._links.pop(id(module), None)
@@ -238,6 +237,8 @@ class Replica:
         if self._links:
             stale.update((id(module), module) for module in modules if id(module) in self._links)
         stale.update((id(modules[index]), modules[index]) for index in self._touched.union(self._own.changed()))
+        for module in stale.values():
+            self._pair_hook_dicts(module, self.twin_of(module))
         for module in stale.values():
             self._install(module)
         if stale:

@@ -13,6 +13,7 @@ import sys
 import types
 import weakref
 from collections import defaultdict
+from operator import is_not
 from typing import Any
 
 import torch
@@ -157,9 +158,11 @@ class _Copy:
         elif is_foreign(value):
             self._done[id(value)] = self._foreign(value)
         else:
-            parts = [self.of(part, copy) for part in parts_of(value) or ()]
+            before = parts_of(value) or []
+            parts = [self.of(part, copy) for part in before]
             if id(value) not in self._done:  # it may lead back to itself, by way of a container
-                self._done[id(value)] = self._immutable(value, parts)
+                changed = any(map(is_not, before, parts))
+                self._done[id(value)] = self._immutable(value, parts) if changed else value
         return self._done[id(value)]
 
     def _module(self, value: nn.Module) -> nn.Module:
@@ -206,8 +209,6 @@ class _Copy:
         return pair.twin
 
     def _immutable(self, value: Any, parts: list[Any]) -> Any:
-        if not _changed(parts_of(value) or [], parts):
-            return value
         if isinstance(value, functools.partial):
             split = 1 + len(value.args)
             return functools.partial(parts[0], *parts[1:split], **dict(zip(value.keywords, parts[split:], strict=True)))
@@ -267,7 +268,3 @@ def _refill(container: Any, parts: list[Any]) -> None:
         container.update(parts)
     else:
         container.extend(parts)
-
-
-def _changed(before: list[Any], after: list[Any]) -> bool:
-    return any(old is not new for old, new in zip(before, after, strict=True))
