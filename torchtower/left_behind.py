@@ -65,7 +65,7 @@ class LeftBehind:
         ]
         modules = _write_to_original(self._main, self._written, [*self._known, *connected])
         if modules and not any(map(_is_structural, self._written)):
-            self._original.remember([value for value in values if value is not None])
+            self._original.remember(modules, [value for value in values if value is not None])
         put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         return modules
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.outside import Outside
-from torchtower.parts import SMALL, container_of
+from torchtower.parts import SMALL, beside_atoms, container_of
 from torchtower.remote import memory_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
@@ -38,24 +38,33 @@ class Watch:
 
     def __init__(self, groups: Iterable[Iterable[Any]]) -> None:
         self._groups = [list(group) for group in groups]
-        self._containers = list(chain.from_iterable(self._groups))
-        self.remember()
+        self._before = list(map(_contents_of_each, self._groups))
+        self._flat: tuple[list[Any], list[Any]] | None = None  # of all groups, one after the other
 
-    def remember(self) -> None:
-        """Take today's contents for the unchanged ones."""
-        self._before = [tuple(_contents_of(container)) for container in self._containers]
+    def remember(self, index: int, group: Iterable[Any] | None = None) -> None:
+        """Take a group's contents of today for the unchanged ones.
+
+        Args:
+            index: which group.
+            group: its containers from now on; None: the same as before.
+        """
+        if group is not None:
+            self._groups[index] = list(group)
+        self._before[index] = _contents_of_each(self._groups[index])
+        self._flat = None
 
     def changed(self) -> list[int]:
         """Which groups hold other objects than were remembered; costs little when none does."""
-        if same_contents(self._containers, self._before):
+        if self._flat is None:
+            self._flat = list(chain.from_iterable(self._groups)), list(chain.from_iterable(self._before))
+        if same_contents(*self._flat):
             return []
-        return [index for index, same in enumerate(self._compared()) if not same]
+        pairs = enumerate(zip(self._groups, self._before, strict=True))
+        return [index for index, (group, before) in pairs if not same_contents(group, before)]
 
-    def _compared(self) -> Iterator[bool]:
-        before = iter(self._before)
-        for group in self._groups:
-            pairs = [(tuple(_contents_of(container)), next(before)) for container in group]
-            yield all(len(now) == len(then) and all(map(is_, now, then)) for now, then in pairs)
+
+def _contents_of_each(containers: list[Any]) -> list[Any]:
+    return [tuple(_contents_of(container)) for container in containers]
 
 
 def _contents_of(container: Any) -> Iterable[Any]:
@@ -79,20 +88,26 @@ class Original:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
         self.device = device
+        self.modules: list[nn.Module] = []
+        self._held: dict[int, _Held] = {}  # by each module, by its id
         self.discover()
 
-    def discover(self) -> None:
+    def discover(self, changed: Iterable[nn.Module] | None = None) -> None:
         """Walk the module anew.
+
+        Args:
+            changed: where attributes have changed; None: anywhere.
 
         Raises:
             ValueError: a lazy or a sparse parameter.
         """
-        self.modules: list[nn.Module] = []
-        self.containers: dict[int, list[Any]] = {}  # of each module, by its id
+        changed_ids = set(map(id, changed or ()))
+        known = {} if changed is None else {key: held for key, held in self._held.items() if key not in changed_ids}
+        before, self.modules, self._held = self.modules, [], {}
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
         buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None and _is_copied(b)}
         self._registered = [*parameters.values(), *buffers.values()]
-        self._graphs: list[weakref.ref[Tensor]] = []
+        descendants = set(map(id, self.module.modules()))
         seen: set[int] = set()
         pending = [self.module]
         while pending:
@@ -101,13 +116,11 @@ class Original:
                 continue
             seen.add(id(module))
             self.modules.append(module)
-            found, self.containers[id(module)] = _contents(module)
-            for value in found:
+            held = self._held[id(module)] = known.get(id(module)) or _held_by(module)
+            for value in held.values:
                 if isinstance(value, nn.Module):
-                    if not self._is_ancestor(value):
+                    if id(value) in descendants or not self._is_ancestor(value):
                         pending.append(value)
-                elif value.grad_fn is not None:
-                    self._graphs.append(weakref.ref(value))
                 elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
                     parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
@@ -122,8 +135,17 @@ class Original:
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
         self.outside = Outside(self.modules)
-        self._watch = Watch(map(self._watched, self.modules))
+        self._graphs = list(chain.from_iterable([self._held[id(module)].graphs for module in self.modules]))
+        self._watch_again(None if changed is None or not _are_same(before, self.modules) else changed)
         self._known_facts = self._facts()
+
+    def _watch_again(self, changed: Iterable[nn.Module] | None) -> None:
+        """Take what modules hold for unchanged: these, or all of them."""
+        if changed is None:
+            self.index_of = {id(module): index for index, module in enumerate(self.modules)}
+            self._watch = Watch(map(self._watched, self.modules))
+        for module in changed or ():
+            self._watch.remember(self.index_of[id(module)], self._watched(module))
 
     def _is_ancestor(self, module: nn.Module) -> bool:
         # A child that keeps [parent] in an attribute must not make us replicate whatever contains us.
@@ -132,7 +154,7 @@ class Original:
     def _watched(self, module: nn.Module) -> Iterator[Any]:
         yield module.__dict__
         yield from dicts_of(module).values()
-        yield from self.containers[id(module)]
+        yield from self._held[id(module)].containers
 
     def changes(self) -> list[nn.Module] | None:
         """What has changed since this was last asked.
@@ -148,10 +170,13 @@ class Original:
         if not changed:
             return []
         before = [*self.modules, None, *self.parameters]
-        self.discover()
-        after = [*self.modules, None, *self.parameters]
-        same = len(before) == len(after) and all(map(is_, before, after))
-        return changed if same else None
+        self.discover(changed)
+        return changed if _are_same(before, [*self.modules, None, *self.parameters]) else None
+
+    def graphs_of(self, module: nn.Module) -> list[Tensor]:
+        """The tensors with a graph that a module's attributes hold."""
+        held = self._held[id(module)] = self._held.get(id(module)) or _held_by(module)
+        return [graph for reference in held.graphs if (graph := reference()) is not None]
 
     def check_device(self) -> None:
         """See that parameters and buffers lie on the main tower's device.
@@ -168,9 +193,11 @@ class Original:
                     f"module.{move_it}'{self.device}')"
                 )
 
-    def remember(self, graphs: Iterable[Tensor]) -> None:
-        """Take changes of our own making for seen, that brought these tensors with graphs."""
-        self._watch.remember()
+    def remember(self, changed: Iterable[nn.Module], graphs: Iterable[Tensor]) -> None:
+        """Take changes of our own making in these modules for seen, that brought these tensors with graphs."""
+        for module in changed:
+            self._watch.remember(self.index_of[id(module)])
+            self._held.pop(id(module), None)  # looked for at the next walk
         self._graphs = [reference for reference in self._graphs if reference() is not None]
         self._graphs.extend(map(weakref.ref, graphs))
 
@@ -198,6 +225,25 @@ def dicts_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, dict)}
 
 
+class _Held(NamedTuple):
+    """What a module's attributes hold: modules and tensors, the small containers they stand in, tensors with graphs."""
+
+    values: list[Any]
+    containers: list[Any]
+    graphs: list[weakref.ref[Tensor]]  # no longer than the module does
+
+
+def _held_by(module: nn.Module) -> _Held:
+    found, containers = _contents(module)
+    graphs = {id(value): value for value in found if isinstance(value, Tensor) and value.grad_fn is not None}
+    values = [value for value in found if id(value) not in graphs]
+    return _Held(values, containers, list(map(weakref.ref, graphs.values())))
+
+
+def _are_same(before: list[Any], after: list[Any]) -> bool:
+    return len(before) == len(after) and all(map(is_, before, after))
+
+
 def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
     """The modules and tensors that a module's attributes hold, and the small containers they stand in."""
     if is_scripted(module):
@@ -219,11 +265,11 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
         elif isinstance(value, tuple):
-            pending.extend(iter(value))  # a subclass may have no length
+            pending.extend(beside_atoms(list(iter(value))))  # a subclass may have no length
         elif (container := container_of(value)) is not None and id(container) not in seen:
             seen.add(id(container))
             containers.append(container)
-            pending.extend(container.values() if isinstance(container, dict) else container)
+            pending.extend(beside_atoms(list(container.values() if isinstance(container, dict) else container)))
     return [value for value in found if value is not None], containers
 
 
@@ -238,8 +284,7 @@ def _is_small(tensor: Tensor) -> bool:
 
 def graph_tensors(module: nn.Module) -> list[Tensor]:
     """The tensors with a graph that a module's attributes hold."""
-    found, _ = _contents(module)
-    return list({id(v): v for v in found if isinstance(v, Tensor) and v.grad_fn is not None}.values())
+    return [graph for reference in _held_by(module).graphs if (graph := reference()) is not None]
 
 
 def is_lazy_module(module: nn.Module) -> bool:

@@ -29,6 +29,11 @@ def is_small_container(value: Any) -> bool:
     return type(value) in CONTAINERS and len(value) <= SMALL
 
 
+def is_table(value: Any) -> bool:
+    """Whether ``value`` is a container that is too large for that."""
+    return (type(value) in CONTAINERS or type(value) is tuple) and len(value) > SMALL
+
+
 def is_record(value: Any) -> bool:
     """Whether ``value`` is one whose attributes towers get copies of.
 
@@ -154,6 +159,11 @@ def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
             seen.add(id(part))
             pending.extend(parts_of(part, deep=True) or ())
     return list(found.values())
+
+
+def beside_atoms(values: list[Any]) -> list[Any]:
+    """The values, or none of them where all are numbers, strings and the like: what holds these leads nowhere."""
+    return [] if ATOMS.issuperset(map(type, values)) else values
 
 
 def cell_content(cell: types.CellType) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
-from torchtower.parts import container_of, parts_of
+from torchtower.parts import beside_atoms, container_of, parts_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import is_scripted
 
@@ -102,9 +102,11 @@ def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
                 seen.add(id(target))
                 place = _place(kind, target, container_of(copied))
                 yield place
-                pending += [(kind, *pair) for pair in zip(_values(target), _values(place.twin), strict=True)]
+                if values := beside_atoms(_values(target)):
+                    pending += [(kind, *pair) for pair in zip(values, _values(place.twin), strict=True)]
         elif isinstance(value, tuple):
-            pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
+            if value is not copied:
+                pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
         elif value is not copied and isinstance(value, _CALLABLES) and id(value) not in seen:
             seen.add(id(value))
             parts = zip(parts_of(value) or (), parts_of(copied) or (), strict=True)

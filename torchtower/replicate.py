@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from torchtower.devices import move
 from torchtower.graphs import writable
 from torchtower.node import is_connected
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
+from torchtower.parts import is_table
 from torchtower.places import Place, Written, places_of
 from torchtower.remote import RemoteStorage, addresses_of, copy_together, memory_of, version_of
 from torchtower.rewrite import Translation
@@ -63,6 +64,7 @@ class Replica:
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._dicts: dict[int, dict[str, Any]] = {}  # parameters, hooks and so on in the replica of each, by its id
+        self._tables: dict[int, dict[str, Any]] = {}  # in attributes of each, by its id and their names
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
         self._hook_dicts: dict[int, tuple[Any, Any]] = {}  # this replica's, by their ids, and the original's
         self._sources: list[Tensor] = []
@@ -84,6 +86,7 @@ class Replica:
         self._places.clear()
         self._links.clear()
         self._dicts.clear()
+        self._tables.clear()
         self._met.clear()
         self._hook_dicts.clear()
         for module in self._original.modules:
@@ -175,7 +178,7 @@ class Replica:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
         self._to_replica.met = []
-        sources = graph_tensors(module)
+        sources = self._original.graphs_of(module)
         self._links.pop(id(module), None)
         if sources:
             self._links[id(module)] = [self._link(source) for source in sources]
@@ -188,9 +191,7 @@ class Replica:
         if is_scripted(module):
             install(module, twin, self._to_replica)
         else:
-            attributes = {
-                name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS
-            }
+            attributes = self._translated_attributes(module)
             twin.__dict__.clear()
             twin.__dict__.update(attributes, **dicts)
             if type(twin) is not type(module):  # a parametrization changes a module's class
@@ -200,6 +201,22 @@ class Replica:
         self._dicts[id(module)] = dicts
         self._places[id(module)] = list(places_of(module, twin))
         self._met[id(module)] = self._to_replica.met
+
+    def _translated_attributes(self, module: nn.Module) -> dict[str, Any]:
+        """What the replica has for a module's attributes; tables are looked through once, as long as they stay."""
+        known, tables = self._tables.get(id(module), {}), {}
+        attributes: dict[str, Any] = {}
+        for name, value in module.__dict__.items():
+            if name in MODULE_DICTS:
+                continue
+            if is_table(value) and known.get(name) is value:
+                attributes[name] = tables[name] = value
+                continue
+            attributes[name] = self._to_replica(value)
+            if is_table(value) and attributes[name] is value:
+                tables[name] = value
+        self._tables[id(module)] = tables
+        return attributes
 
     def _link(self, source: Tensor) -> Link:
         """Make a leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""
@@ -224,9 +241,11 @@ class Replica:
         return {id(tensor) for twin in linked for tensor in graph_tensors(twin)}
 
     def _watch_own(self) -> None:
-        groups = [self._places[id(module)] for module in self._original.modules]
         self._touched: set[int] = set()  # indices of modules that have been changed since, though it be back
-        self._own = Watch(chain.from_iterable(map(Place.watched, places)) for places in groups)
+        self._own = Watch(map(self._watched, self._original.modules))
+
+    def _watched(self, module: nn.Module) -> Iterator[Any]:
+        return chain.from_iterable(map(Place.watched, self._places[id(module)]))
 
     def follow(self, changed: Iterable[nn.Module]) -> None:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
@@ -241,8 +260,8 @@ class Replica:
             self._pair_hook_dicts(module, self.twin_of(module))
         for module in stale.values():
             self._install(module)
-        if stale:
-            self._watch_own()
+            self._own.remember(self._original.index_of[id(module)], self._watched(module))
+        self._touched.clear()
 
     def refresh_parameters(self, stale: bool) -> None:
         """Bring storage of this replica's own up to date; see `torchtower.remote.RemoteStorage.refresh`."""

@@ -24,6 +24,7 @@ from torchtower.parts import (
     ATOMS,
     CONTAINERS,
     MANY,
+    beside_atoms,
     cell_content,
     container_of,
     entries_of,
@@ -109,7 +110,7 @@ class _Copy:
         pending = [root]
         while pending and len(holders_of) < self._most:
             holder = pending.pop()
-            for part in () if id(holder) in self._table else self._parts(holder) or ():
+            for part in () if id(holder) in self._table else beside_atoms(self._parts(holder) or []):
                 if id(part) in self._table:
                     leading.add(id(holder))
                 elif id(part) in holders_of:
@@ -147,7 +148,9 @@ class _Copy:
             note_made(value)  # a record then, if it can be one
         if type(value) in CONTAINERS or is_record(value):
             twin = self._done[id(value)] = self._twin_of(value)
-            parts = [self.of(part, copy) for part in self._parts(value) or ()]
+            parts = self._parts(value) or []
+            if beside_atoms(parts):
+                parts = [self.of(part, copy) for part in parts]
             if is_record(value):
                 vars(twin).clear()
                 vars(twin).update(zip(vars(value), parts, strict=True))

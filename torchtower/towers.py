@@ -193,13 +193,14 @@ class Towers:
         changes = self._original.changes()
         if changes != []:
             self._original.check_device()
-            before, self.is_compiled = self.is_compiled, _is_compiled(self._original.modules)
-            self._in_turn |= self.is_compiled and (changes is None or not before)
         if changes is None:
+            self.is_compiled = self._in_turn = _is_compiled(self._original.modules)
             self._plan_parameters()
             for replica in self._replicas:
                 replica.rebuild()
         else:
+            if not self.is_compiled and _is_compiled(changes):
+                self.is_compiled = self._in_turn = True
             changes.extend(self._written_to)
             for replica in self._replicas:
                 replica.follow(changes)
