@@ -48,6 +48,7 @@ from torchtower.node import Asked, connect
 from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.reduction import Grad
 from torchtower.rounds import current_tower
+from torchtower.workers import is_held_here
 
 _autograd: Any = torch._C._autograd
 
@@ -150,6 +151,11 @@ class Bridge:
                 "started in the forward of one; detach what an earlier forward left behind"
             )
         plan = self._family.plan
+        if is_held_here(plan.pool.lock):
+            raise RuntimeError(
+                "TowerParallel: expected no backward of a wrapped module's output while this thread is within another "
+                "call or backward of it, as a signal's handler may be"
+            )
         with plan.pool.lock, self._family.streams.current():
             try:
                 return self._backward(asked, grads)

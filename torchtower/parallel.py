@@ -30,6 +30,7 @@ from torchtower.shards import Shards, cut, given
 from torchtower.steps import Module, Steps
 from torchtower.thread_state import transforming, untraced
 from torchtower.towers import ForwardResult, Towers
+from torchtower.workers import is_held_here
 
 _BUFFER_POLICIES = ("main", "mean")
 
@@ -344,8 +345,14 @@ class TowerParallel(Steps[Module]):
         self._held.drop_all()  # those of parameters that have been replaced, too
 
     def _is_alone(self) -> bool:
-        # While the interpreter shuts down, no other thread runs.
-        return self.num_towers == 1 or current_tower() is not None or transforming() or sys.is_finalizing()
+        # While the interpreter shuts down, no other thread runs. A signal's handler may come in the middle of a call.
+        return (
+            self.num_towers == 1
+            or current_tower() is not None
+            or transforming()
+            or sys.is_finalizing()
+            or is_held_here(self._lock)
+        )
 
     def _module_here(self) -> Any:
         # A loss function that calls the wrapper itself means its tower's replica. Within another wrapper's tower this

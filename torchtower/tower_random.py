@@ -94,9 +94,23 @@ def intercept_draws() -> Any:
 @functools.cache
 def _intercept_draws_once() -> Any:
     key = torch._C._parse_dispatch_key(_KEY_NAME)
-    fallback = torch.library.Library("_", "IMPL")
+    fallback, operators = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    try:
+        _register(fallback, operators, key)
+        _let_higher_order_operators_pass(key)
+        vars(torch.random)["default_generator"] = _DefaultGeneratorOfThread()
+        torch.random.__class__ = _RandomModule
+        _libraries.extend([fallback, operators])
+    except BaseException:  # broken off by Ctrl-C: half of it would be in the way of the next try
+        fallback._destroy()
+        operators._destroy()
+        raise
+    return key
+
+
+def _register(fallback: Any, operators: Any, key: Any) -> None:
+    """Let operators that draw numbers find ours under the key, and all others what they would without it."""
     fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
-    operators = torch.library.Library("aten", "IMPL")
     on_accelerators = torch.accelerator.is_available()
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
@@ -115,11 +129,6 @@ def _intercept_draws_once() -> Any:
         else:
             continue
         operators.impl(overload, kernel, _KEY_NAME, with_keyset=True)
-    _libraries.extend([fallback, operators])
-    _let_higher_order_operators_pass(key)
-    vars(torch.random)["default_generator"] = _DefaultGeneratorOfThread()
-    torch.random.__class__ = _RandomModule
-    return key
 
 
 def _stand_in_for_device_module() -> None:

@@ -122,7 +122,7 @@ class Towers:
         return ForwardResult(self, shards, outputs, taken)
 
     def _run_jobs(self, jobs: list[Callable[[], Any]]) -> list[Any]:
-        if self._take_gradients():
+        if self._take_gradients() and not self.pool.was_broken_into:
             raise RuntimeError(
                 "TowerParallel: expected gradients to reach the parameters through outputs, attributes or what hooks "
                 "keep, but a backward since the last call went through a tensor that a tower's forward has left "
@@ -186,7 +186,12 @@ class Towers:
             self._original.forget()
             self.refresh()
         self._is_following = True
-        self._follow_changes()
+        grad_enabled = torch.is_grad_enabled()
+        try:
+            self._follow_changes()
+        except BaseException:  # a signal may come just before ``no_grad`` ends
+            torch.set_grad_enabled(grad_enabled)
+            raise
         self._is_following = False
 
     def _follow_changes(self) -> None:

@@ -51,6 +51,7 @@ class TowerPool:
         self._intra_op_threads = 0
         self._last_round_s = 0.0
         self.has_met = False  # whether the towers of the last round exchanged anything
+        self.was_broken_into = False  # whether the last round was, which may have left anything behind
         self._closed = False
         self._running = False
         self.lock = lock
@@ -117,9 +118,10 @@ class TowerPool:
         self.has_met = round_.has_met
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
-        if round_.broken_into:  # who knows what state a thread is in
+        self.was_broken_into = bool(round_.broken_into)
+        if self.was_broken_into:  # who knows what state a thread is in
             leave_levels()
-        if self._closed or round_.broken_into:  # closed: the backward of an output that has outlived the wrapper
+        if self._closed or self.was_broken_into:  # closed: the backward of an output that has outlived the wrapper
             self._end_threads()
         torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
         if (error := interrupt or round_.first_error(self.devices)) is not None:
@@ -138,10 +140,18 @@ class TowerPool:
             # In a forked child the first to need torch's engine makes it anew, which two towers at once would crash in.
             torch.autograd._is_checkpoint_valid()
             own = torch.get_num_threads()
-            self._threads = [
-                _TowerThread(index, device, self._intra_op_threads or 1) for index, device in enumerate(self.devices)
-            ]
-            torch.set_num_threads(own)  # a tower's setting also became the default of new threads
+            share = self._intra_op_threads or 1
+            threads = [_TowerThread(index, device, share) for index, device in enumerate(self.devices)]
+            try:
+                for thread in threads:
+                    thread.start()
+                self._threads = threads
+            except BaseException:  # a signal's
+                for thread in threads:
+                    thread.inbox.put(None)
+                raise
+            finally:
+                torch.set_num_threads(own)  # a tower's setting also became the default of new threads
         return self._threads
 
     def close(self) -> None:
@@ -166,15 +176,18 @@ class _TowerThread:
 
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
         self.inbox: SimpleQueue[Round | None] = SimpleQueue()
-        ready = threading.Event()
+        self._ready = threading.Event()
         self._thread = threading.Thread(
             target=_work,
-            args=(self.inbox, tower_index, device, intra_op_threads, ready),
+            args=(self.inbox, tower_index, device, intra_op_threads, self._ready),
             name=f"torchtower tower {tower_index}",
             daemon=True,
         )
+
+    def start(self) -> None:
+        """Start, and wait until the thread is ready for work."""
         self._thread.start()
-        ready.wait()
+        self._ready.wait()
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
@@ -222,6 +235,12 @@ def _work(
                     continue
         except BaseException:
             continue
+
+
+def is_held_here(lock: Any) -> bool:
+    """Whether this very thread holds a reentrant lock."""
+    held: bool = lock._is_owned()
+    return held
 
 
 def _openmp_pause() -> Callable[[int], int] | None:
