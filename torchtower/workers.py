@@ -176,7 +176,7 @@ class _TowerThread:
 
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
         self.inbox: SimpleQueue[Round | None] = SimpleQueue()
-        self._ready = threading.Event()
+        self._ready: SimpleQueue[None] = SimpleQueue()  # unlike an Event whole again if a signal breaks off the waiting
         self._thread = threading.Thread(
             target=_work,
             args=(self.inbox, tower_index, device, intra_op_threads, self._ready),
@@ -187,7 +187,7 @@ class _TowerThread:
     def start(self) -> None:
         """Start, and wait until the thread is ready for work."""
         self._thread.start()
-        self._ready.wait()
+        self._ready.get()
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
@@ -205,7 +205,7 @@ def _work(
     tower_index: int,
     device: torch.device,
     intra_op_threads: int,
-    ready: threading.Event,
+    ready: SimpleQueue[None],
 ) -> None:
     become_tower(tower_index)
     torch.get_num_threads()  # a thread's lazy initialisation would undo the next line later
@@ -218,7 +218,7 @@ def _work(
         torch.accelerator.set_device_index(device.index)
         # cuBLAS warns where it is the first in its thread to use a GPU that other threads have been using.
         torch.zeros(1, device=device)
-    ready.set()
+    ready.put(None)
     round_: Round | None = None
     # What breaks into a round may come when the job is done, here: the round is finished then, and one goes on. Twice,
     # since it may come where the inner loop turns, too.
