@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from torchtower.devices import move
 from torchtower.graphs import writable
+from torchtower.leaves import Leaves
 from torchtower.node import is_connected
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.parts import is_table
 from torchtower.places import Place, Written, places_of
-from torchtower.remote import RemoteStorage, addresses_of, copy_together, memory_of, version_of
+from torchtower.remote import copy_together, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
 
@@ -58,9 +59,8 @@ class Replica:
         self.device = device
         self._original = original
         self._is_main = is_main
-        self._remote = None if aliases else RemoteStorage(device)
+        self.parameters = Leaves(original, device, aliases=aliases)
         self._to_replica = Translation()
-        self._memory: dict[int, Any] = {}  # of each of the original's parameters, by its id, when leaves were made
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._dicts: dict[int, dict[str, Any]] = {}  # parameters, hooks and so on in the replica of each, by its id
@@ -75,6 +75,11 @@ class Replica:
     def module(self) -> Any:
         """The replica of the wrapped module itself."""
         return self.twin_of(self._original.module)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Its parameters, in the order of the original's."""
+        return self.parameters.all
 
     def twin_of(self, module: nn.Module) -> Any:
         """The replica of one of the original's modules."""
@@ -96,7 +101,9 @@ class Replica:
             self._to_replica.add(module, twin)
             self._pair_hook_dicts(module, twin)
         with torch.inference_mode(False), torch.no_grad():
-            self.leaves = self._make_leaves(before)
+            self.parameters.make()
+        for parameter, leaf in zip(self._original.parameters, self.leaves, strict=True):
+            self._to_replica.add(parameter, leaf)
         known, self._sources = self._sources, []
         self._make_buffers(before, known)
         for module in self._original.modules:
@@ -136,43 +143,6 @@ class Replica:
     def _copy_of(self, buffer: Tensor) -> Tensor:
         elsewhere = buffer.device != self._original.device
         return buffer.detach().to(buffer.device if elsewhere else self.device, copy=True)
-
-    def _make_leaves(self, before: Translation) -> list[Tensor]:
-        parameters = self._original.parameters
-        memory = dict(zip(map(id, parameters), memory_of(parameters), strict=True))
-        storages = list(parameters)
-        if self._remote is not None:
-            remote = [index for index, p in enumerate(parameters) if p.device == self._original.device]
-            for index, storage in zip(remote, self._remote.lay_out([parameters[i] for i in remote]), strict=True):
-                storages[index] = storage
-        leaves = []
-        for parameter, storage in zip(parameters, storages, strict=True):
-            leaf = before.get(parameter)
-            moved = self._memory.get(id(parameter)) != memory[id(parameter)]
-            if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
-                before_leaf, leaf = leaf, _leaf_like(parameter, storage)
-                _take_over_hooks(before_leaf, leaf)
-            if leaf.requires_grad != parameter.requires_grad and not leaf.is_inference():
-                leaf.requires_grad_(parameter.requires_grad)
-            self._to_replica.add(parameter, leaf)
-            leaves.append(leaf)
-        self._memory = memory
-        self._storages = storages
-        self._addresses = addresses_of(leaves)
-        return leaves
-
-    def moved_leaves(self) -> list[int]:
-        """Indices of leaves that a forward has given other data (``self.weight.data = ...``)."""
-        addresses = addresses_of(self.leaves)
-        if addresses == self._addresses:
-            return []
-        return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
-
-    def put_back_leaves(self) -> None:
-        """Let every leaf have the storage again that follows the original's parameter."""
-        for index in self.moved_leaves():
-            self.leaves[index].data = self._storages[index].detach()
-        self._addresses = addresses_of(self.leaves)
 
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
@@ -263,16 +233,6 @@ class Replica:
             self._own.remember(self._original.index_of[id(module)], self._watched(module))
         self._touched.clear()
 
-    def refresh_parameters(self, stale: bool) -> None:
-        """Bring storage of this replica's own up to date; see `torchtower.remote.RemoteStorage.refresh`."""
-        if self._remote is not None:
-            self._remote.refresh(stale)
-
-    def forget_parameters(self) -> None:
-        """Whatever the parameters look like, the next refresh is to copy them."""
-        if self._remote is not None:
-            self._remote.forget()
-
     def refresh_buffers(self) -> None:
         """Copy the original's buffers into this replica's.
 
@@ -321,22 +281,3 @@ class Replica:
             back.add(pair.twin, pair.source)
         back.table.update(self._hook_dicts)
         return back
-
-
-def _take_over_hooks(before: Any, leaf: Any) -> None:
-    """Let a leaf have the hooks that a forward has given the one before it."""
-    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if hooks := getattr(before, name, None):
-            setattr(leaf, name, hooks)
-
-
-def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
-    data = storage.detach()
-    if not isinstance(parameter, nn.Parameter):
-        return data.requires_grad_(parameter.requires_grad)
-    # An inference tensor that requires grad gets none all the same.
-    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
-    if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
-        leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
-    leaf.__dict__ = parameter.__dict__  # shared: attributes of tensors may change at any time
-    return leaf

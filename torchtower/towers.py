@@ -154,12 +154,12 @@ class Towers:
 
     def _take_over_data(self) -> None:
         """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone."""
-        if any([replica.moved_leaves() for replica in self._replicas]):
+        if any([replica.parameters.moved() for replica in self._replicas]):
             main = self._replicas[0]
-            for index in main.moved_leaves():
+            for index in main.parameters.moved():
                 self._original.parameters[index].data = main.leaves[index].data
             for replica in self._replicas:
-                replica.put_back_leaves()
+                replica.parameters.put_back()
 
     def _take_gradients(self) -> list[list[Grad]]:
         """What the replicas' leaves have been given beside a backward of ours, tower-major; [] if nothing."""
@@ -214,7 +214,7 @@ class Towers:
             self.refresh()
         stale = self._freshness.stale()
         for replica in self._replicas:
-            replica.refresh_parameters(stale)
+            replica.parameters.refresh(stale)
             replica.refresh_buffers()
 
     def _plan_parameters(self) -> None:
@@ -232,7 +232,7 @@ class Towers:
     def refresh(self) -> None:
         """Let every replica on another device fetch all parameters at its next forward."""
         for replica in self._replicas:
-            replica.forget_parameters()
+            replica.parameters.forget()
 
     def bridge(
         self,

@@ -1,0 +1,94 @@
+"""A replica's parameters: leaves of its own, on the storage of the user's or kept up to date with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtower.original import Original
+from torchtower.remote import RemoteStorage, addresses_of, memory_of
+
+
+class Leaves:
+    """One replica's leaves; see Note [What a replica shares] in `torchtower.replicate`.
+
+    Args:
+        original: whose parameters they stand for.
+        device: the tower's.
+        aliases: whether they share the original's storage.
+    """
+
+    def __init__(self, original: Original, device: torch.device, *, aliases: bool) -> None:
+        self.all: list[Tensor] = []  # in the order of the original's parameters
+        self._original = original
+        self._remote = None if aliases else RemoteStorage(device)
+        self._parameters: list[Tensor] = []  # the original's, when the leaves were made
+        self._memory: list[Any] = []  # of each of these, then
+
+    def make(self) -> None:
+        """Make leaves of new parameters, and of those that have been moved; keep the others."""
+        parameters = self._original.parameters
+        memory = memory_of(parameters)
+        before = dict(zip(map(id, self._parameters), zip(self.all, self._memory, strict=True), strict=True))
+        storages = list(parameters)
+        if self._remote is not None:
+            remote = [index for index, p in enumerate(parameters) if p.device == self._original.device]
+            for index, storage in zip(remote, self._remote.lay_out([parameters[i] for i in remote]), strict=True):
+                storages[index] = storage
+        leaves = []
+        for parameter, storage, place in zip(parameters, storages, memory, strict=True):
+            leaf, place_before = before.get(id(parameter), (None, None))
+            moved = place != place_before
+            if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
+                leaf_before, leaf = leaf, _leaf_like(parameter, storage)
+                _take_over_hooks(leaf_before, leaf)
+            if leaf.requires_grad != parameter.requires_grad and not leaf.is_inference():
+                leaf.requires_grad_(parameter.requires_grad)
+            leaves.append(leaf)
+        self.all, self._parameters, self._memory = leaves, parameters, memory
+        self._storages = storages
+        self._addresses = addresses_of(leaves)
+
+    def moved(self) -> list[int]:
+        """Indices of leaves that a forward has given other data (``self.weight.data = ...``)."""
+        addresses = addresses_of(self.all)
+        if addresses == self._addresses:
+            return []
+        return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
+
+    def put_back(self) -> None:
+        """Let every leaf have the storage again that follows the original's parameter."""
+        for index in self.moved():
+            self.all[index].data = self._storages[index].detach()
+        self._addresses = addresses_of(self.all)
+
+    def refresh(self, stale: bool) -> None:
+        """Bring storage of this replica's own up to date; see `torchtower.remote.RemoteStorage.refresh`."""
+        if self._remote is not None:
+            self._remote.refresh(stale)
+
+    def forget(self) -> None:
+        """Whatever the parameters look like, the next refresh is to copy them."""
+        if self._remote is not None:
+            self._remote.forget()
+
+
+def _take_over_hooks(before: Any, leaf: Any) -> None:
+    """Let a leaf have the hooks that a forward has given the one before it."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(before, name, None):
+            setattr(leaf, name, hooks)
+
+
+def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
+    data = storage.detach()
+    if not isinstance(parameter, nn.Parameter):
+        return data.requires_grad_(parameter.requires_grad)
+    # An inference tensor that requires grad gets none all the same.
+    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
+    if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
+        leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    leaf.__dict__ = parameter.__dict__  # shared: attributes of tensors may change at any time
+    return leaf
