@@ -160,8 +160,7 @@ class Bridge:
             try:
                 return self._backward(asked, grads)
             finally:
-                if (on_backward := plan.on_backward()) is not None:
-                    on_backward()
+                plan.on_backward()
 
     def _backward(self, asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         family, main_inputs = self._family, self._inputs.main

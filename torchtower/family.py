@@ -25,14 +25,14 @@ class Plan(NamedTuple):
         ports: of the user's parameters, the first inputs of every bridge.
         buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
-        on_backward: called after every backward, even a failed one, as long as the towers are there.
+        on_backward: called after every backward, even a failed one; does not keep the towers alive.
     """
 
     pool: TowerPool
     ports: Ports
     buckets: list[list[int]]
     held: HeldGradients
-    on_backward: weakref.WeakMethod[Callable[[], None]]
+    on_backward: Callable[[], None]
 
 
 @dataclass

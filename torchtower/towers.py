@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import weakref
@@ -226,7 +227,7 @@ class Towers:
             ports=Ports([Port("shared", parameter.device) for parameter in parameters]),
             buckets=[] if on_one_device else cut_buckets(parameters),
             held=self._held,
-            on_backward=weakref.WeakMethod(self._on_backward),
+            on_backward=functools.partial(_note_backward, weakref.ref(self)),
         )
 
     def refresh(self) -> None:
@@ -332,6 +333,11 @@ class ForwardResult:
                 translate.add(tensor, next(values))
             connected.append(translate(output))
         return connected
+
+
+def _note_backward(reference: weakref.ref[Towers]) -> None:
+    if (towers := reference()) is not None:
+        towers._on_backward()
 
 
 def _overwrite(tensor: Tensor, value: Grad) -> None:
