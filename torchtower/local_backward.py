@@ -29,14 +29,19 @@ class Root(NamedTuple):
 
 def root_of(output: Grad) -> Root | None:
     """None where nothing can go backward."""
-    if output is None or not output.requires_grad or _is_cut_off(output):
+    if output is None or not output.requires_grad:
         return None
-    return Root(get_gradient_edge(output), output.device)
+    node = output.grad_fn
+    if node is None and _is_cut_off(output):
+        return None
+    if node is None or isinstance(node, torch._C._FunctionBase):  # a leaf; a node that its Python object does not keep
+        return Root(get_gradient_edge(output), output.device)
+    return Root(GradientEdge(node, output.output_nr), output.device)
 
 
 def _is_cut_off(output: Tensor) -> bool:
     """Whether this is a view without a graph of something that has one: made under ``no_grad``."""
-    return output.grad_fn is None and output._is_view() and output._base.requires_grad  # type: ignore[union-attr]
+    return output._is_view() and output._base.requires_grad  # type: ignore[union-attr]
 
 
 def local_backward(

@@ -73,13 +73,13 @@ class Steps(nn.DataParallel[Module]):
 
     def _check_steps(self, forward: Any) -> None:
         """Refuse a subclass that overrides a step that its forward would never call."""
-        overridden = [name for name in ("replicate", "parallel_apply") if self._overrides(name)]
-        if overridden and type(self).forward is forward:
-            raise TypeError(
-                f"{type(self).__name__}: expected a subclass that overrides {overridden[0]} to override forward, too, "
-                "since TowerParallel's forward keeps its replicas and runs them in threads of their own; it calls no "
-                "step of nn.DataParallel's but scatter and gather (convert_sync_batchnorm synchronises norms)"
-            )
+        for name in ("replicate", "parallel_apply"):
+            if self._overrides(name) and type(self).forward is forward:
+                raise TypeError(
+                    f"{type(self).__name__}: expected a subclass that overrides {name} to override forward, too, since "
+                    "TowerParallel's forward keeps its replicas and runs them in threads of their own; it calls no "
+                    "step of nn.DataParallel's but scatter and gather (convert_sync_batchnorm synchronises norms)"
+                )
 
     def _overrides(self, step: str) -> bool:
         return getattr(getattr(self, step), "__func__", None) is not getattr(Steps, step)
