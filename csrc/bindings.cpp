@@ -11,6 +11,7 @@
 
 #include "chunk_plan.h"
 #include "cpu/kernels.h"
+#include "holds_only.h"
 #include "same_contents.h"
 
 namespace {
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("same_contents", &torchtower::same_contents, pybind11::arg("containers"),
         pybind11::arg("before"));
+  m.def("holds_only", &torchtower::holds_only, pybind11::arg("container"), pybind11::arg("types"));
 
   using torchtower::ChunkPlan;
   pybind11::class_<ChunkPlan>(m, "ChunkPlan")

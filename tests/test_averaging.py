@@ -70,6 +70,12 @@ def test_a_single_tower_gives_a_copy_of_its_gradients() -> None:
         assert mean.data_ptr() != grad.data_ptr() or not grad.numel()
 
 
+def test_a_single_towers_sparse_gradient_is_copied_as_it_is_summed() -> None:
+    grad = torch.sparse_coo_tensor([[1, 1]], [2.0, 3.0], (4,))
+    (mean,) = average_gradients([[grad]])
+    assert mean.is_coalesced() and mean.to_dense().tolist() == [0, 5, 0, 0]
+
+
 def test_an_empty_list_of_variables_gives_an_empty_list() -> None:
     assert average_gradients([[], []]) == [] and stack_gradients([[], []]) == []
 

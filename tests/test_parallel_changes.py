@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tests.helpers import (
+    SEVERAL,
     assert_close,
     assert_go_backward_alike,
+    assert_same_gradients,
     batch,
     mlp,
     twins,
@@ -90,6 +92,87 @@ def test_a_change_after_wrapping_takes_effect_at_the_next_forward(change: str, n
         CHANGES[change](net)
     both_go_backward(plain, wrapped)
     both_go_backward(plain, wrapped, rows=5)
+
+
+class Tabled(nn.Module):
+    """Looks its layer up in a table of many entries, and changes an attribute in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.steps, self.numbers, self.names = 0, list(range(2000)), {str(index): index for index in range(2000)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        layer = self.names["second"] if "second" in self.names else self.numbers[0]
+        return self.first(x) + (layer(x) if isinstance(layer, nn.Module) else 0)
+
+
+@pytest.mark.parametrize("num_towers", (1, 3))
+def test_a_module_that_is_put_into_a_large_table_is_each_towers_own(num_towers: int) -> None:
+    plain, wrapped = twins(Tabled(), num_towers)
+    changes: list[Callable[[Tabled], Any]] = [
+        lambda net: None,
+        lambda net: net.numbers.__setitem__(0, net.second),
+        lambda net: net.numbers.__setitem__(0, 0),
+        lambda net: net.names.__setitem__("second", net.second),
+    ]
+    for change in changes:
+        for net in (plain, wrapped.module):
+            change(net)
+            net.zero_grad()
+        for _ in range(2):
+            plain(batch(7)).square().mean().backward()
+            wrapped.tower_loss(lambda replica, x: replica(x).square().mean(), batch(7)).backward()
+        assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_class_that_the_user_gives_a_module_stays_its_class(num_towers: int) -> None:
+    class Counted(nn.Linear):
+        seen = 0
+
+    for change in (
+        lambda layer: setattr(layer, "__class__", nn.Linear),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    ):
+        layer = Counted(3, 2)
+        wrapped = wrap(nn.Sequential(nn.Tanh(), layer).double(), num_towers)
+        layer.register_full_backward_hook(lambda module, *_: setattr(module, "seen", module.seen + 1))
+        out = wrapped(batch(8, requires_grad=True))
+        change(layer)
+        kind = type(layer)
+        out.sum().backward()
+        assert type(layer) is kind and layer.seen == 1
+        wrapped(batch(8, requires_grad=True)).sum().backward()
+
+
+def test_hooks_put_before_others_are_no_change() -> None:
+    wrapped = wrap(mlp(), 2)
+    for prepend in (False, True):
+        wrapped.module[0].register_forward_hook(lambda module, args, out: None, prepend=prepend)
+    wrapped(batch(4))
+    assert wrapped._towers._original.changes() == []
+
+
+def test_a_refused_module_leaves_earlier_outputs_whole() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    plain, wrapped = twins(nn.Sequential(Counting(3, 3), Counting(3, 2)), 2)
+    out = wrapped(batch(4))
+    wrapped.module.lazy = nn.LazyLinear(2)
+    with pytest.raises(ValueError, match="is lazy"):
+        wrapped(batch(4))
+    out.sum().backward()
+    plain(batch(4)).sum().backward()
+    del wrapped.module.lazy
+    assert_same_gradients(wrapped, plain)
+    assert_close(wrapped(batch(4)), plain(batch(4)))
 
 
 class Keyed(nn.Module):

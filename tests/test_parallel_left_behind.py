@@ -457,6 +457,31 @@ def test_what_a_backward_puts_back_is_back(num_towers: int) -> None:
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("kind", [list, deque, set])
+def test_what_a_hook_adds_to_a_list_that_the_forward_adds_to_stays(kind: Any) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log = log = kind()
+            self.fc.register_forward_hook(lambda *_: add(log, "hook"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            add(self.log, f"forward {len(self.log)}")
+            out: Tensor = self.fc(x)
+            return out
+
+    def add(log: Any, entry: str) -> None:
+        (log.add if kind is set else log.append)(entry)
+
+    net = Net()
+    log, wrapped = net.log, wrap(net, 2)
+    for calls in range(1, 4):
+        wrapped(torch.ones(4, 3))
+        assert wrapped.module.log is log
+        assert sum("forward" in entry for entry in log) == calls
+        assert sum(entry == "hook" for entry in log) == (1 if kind is set else 2 * calls)  # every tower's
+
+
 class LooksItselfUp(OneLayer):
     """Finds itself in a table of its own in its backward, too."""
 

@@ -36,6 +36,28 @@ def test_a_step_makes_no_reference_cycles() -> None:
     assert gc.collect() == 0
 
 
+def test_a_step_that_leaves_something_behind_makes_no_reference_cycles() -> None:
+    kept: list[Tensor] = []
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.fc(x)
+            self.aux, self.pair = hidden.square().mean(), (1, [hidden])
+            return hidden
+
+    wrapped = wrap(Net().double(), 2)
+    wrapped.module.fc.register_forward_hook(lambda module, args, out: kept.append(out))
+    alive = []
+    for _ in range(3):
+        kept.clear()
+        (wrapped(batch(4)).sum() + wrapped.module.aux + sum(out.sum() for out in kept)).backward()
+        alive += [weakref.ref(wrapped.module.aux), *map(weakref.ref, kept)]
+    kept.clear()
+    wrapped.module.aux = wrapped.module.pair = None
+    wrapped(batch(4))
+    assert len(alive) == 9 and not any(reference() is not None for reference in alive)
+
+
 def test_inputs_outputs_and_graphs_die_with_the_users_last_reference() -> None:
     saved: list[weakref.ref[Tensor]] = []
 

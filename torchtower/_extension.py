@@ -15,6 +15,7 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps torchtower"
     ) from error
 
+holds_only = _C.holds_only
 same_contents = _C.same_contents
 
 

@@ -63,10 +63,10 @@ class LeftBehind:
         connected: list[tuple[Tensor, Any]] = [
             (local, main) for (_, local), main in zip(self._tensors, values, strict=True)
         ]
+        put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         modules = _write_to_original(self._main, self._written, [*self._known, *connected])
         if modules and not any(map(_is_structural, self._written)):
             self._original.remember(modules, [value for value in values if value is not None])
-        put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         return modules
 
 
@@ -101,9 +101,9 @@ def _write_to_original(main: Replica, written: list[Written], connected: list[tu
         for local, main_side in connected:
             translate.add(local, main_side)
         write_back(written, translate)
-    modules = [item.module for item in written]
+    modules = list({id(item.module): item.module for item in written}.values())
     for module in modules:
-        if (kind := type(main.twin_of(module))) is not type(module):  # a forward has registered a parametrization
+        if (kind := main.take_class(module)) is not None:  # a forward has registered a parametrization
             object.__setattr__(module, "__class__", kind)
     return modules
 
@@ -136,8 +136,7 @@ def _with_graph(written: Sequence[Written]) -> list[Tensor]:
 
 def _is_structural(written: Written) -> bool:
     """Whether the module must be looked at anew: replicas would share what they do not know."""
-    values = written.value if written.name is None else [written.value]
-    return written.place.kind in ("structure", "hooks") or any(map(_is_followed, values))
+    return written.place.kind in ("structure", "hooks") or any(map(_is_followed, written.values()))
 
 
 def _is_followed(value: Any) -> bool:

@@ -101,9 +101,10 @@ def _call(name: str, out: Sequence[Tensor], grads: Sequence[Tensor], weights: Se
             )
     try:
         result = getattr(_ops, name).default(out, grads, weights)
-    except Exception:
-        # Looked at only now: a look at each of thousands of tensors costs as much as the call.
-        _refuse_arguments(name, out, grads, weights)
+    except Exception as error:
+        if not str(error).startswith(name):  # none of the op's own
+            # Looked at only now: a look at each of thousands of tensors costs as much as the call.
+            _refuse_arguments(name, out, grads, weights)
         raise
     torch.autograd.graph.increment_version(out)
     return result

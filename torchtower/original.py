@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.outside import Outside
-from torchtower.parts import SMALL, beside_atoms, container_of
+from torchtower.parts import SMALL, container_of, leads_nowhere
 from torchtower.remote import memory_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
@@ -68,7 +68,8 @@ def _contents_of_each(containers: list[Any]) -> list[Any]:
 
 
 def _contents_of(container: Any) -> Iterable[Any]:
-    return chain.from_iterable(container.items()) if isinstance(container, dict) else container
+    # In the order in which `same_contents` comes by them, which is not always that of an OrderedDict.
+    return chain.from_iterable(dict.items(container)) if isinstance(container, dict) else container
 
 
 class Original:
@@ -103,10 +104,11 @@ class Original:
         """
         changed_ids = set(map(id, changed or ()))
         known = {} if changed is None else {key: held for key, held in self._held.items() if key not in changed_ids}
-        before, self.modules, self._held = self.modules, [], {}
+        modules: list[nn.Module] = []
+        held_by: dict[int, _Held] = {}
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
         buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None and _is_copied(b)}
-        self._registered = [*parameters.values(), *buffers.values()]
+        registered = [*parameters.values(), *buffers.values()]
         descendants = set(map(id, self.module.modules()))
         seen: set[int] = set()
         pending = [self.module]
@@ -115,8 +117,8 @@ class Original:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            self.modules.append(module)
-            held = self._held[id(module)] = known.get(id(module)) or _held_by(module)
+            modules.append(module)
+            held = held_by[id(module)] = known.get(id(module)) or _held_by(module)
             for value in held.values:
                 if isinstance(value, nn.Module):
                     if id(value) in descendants or not self._is_ancestor(value):
@@ -131,7 +133,9 @@ class Original:
                     f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train "
                     "a dense one, or make it a buffer"
                 )
+        before, self.modules, self._held = self.modules, modules, held_by
         self.parameters = list(parameters.values())
+        self._registered = registered
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
         self.outside = Outside(self.modules)
@@ -175,8 +179,7 @@ class Original:
 
     def graphs_of(self, module: nn.Module) -> list[Tensor]:
         """The tensors with a graph that a module's attributes hold."""
-        held = self._held[id(module)] = self._held.get(id(module)) or _held_by(module)
-        return [graph for reference in held.graphs if (graph := reference()) is not None]
+        return [graph for reference in self._held[id(module)].graphs if (graph := reference()) is not None]
 
     def check_device(self) -> None:
         """See that parameters and buffers lie on the main tower's device.
@@ -197,7 +200,7 @@ class Original:
         """Take changes of our own making in these modules for seen, that brought these tensors with graphs."""
         for module in changed:
             self._watch.remember(self.index_of[id(module)])
-            self._held.pop(id(module), None)  # looked for at the next walk
+            self._held[id(module)] = _held_by(module)
         self._graphs = [reference for reference in self._graphs if reference() is not None]
         self._graphs.extend(map(weakref.ref, graphs))
 
@@ -265,11 +268,13 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
         elif isinstance(value, tuple):
-            pending.extend(beside_atoms(list(iter(value))))  # a subclass may have no length
+            if not leads_nowhere(value):
+                pending.extend(iter(value))  # a subclass may have no length
         elif (container := container_of(value)) is not None and id(container) not in seen:
             seen.add(id(container))
             containers.append(container)
-            pending.extend(beside_atoms(list(container.values() if isinstance(container, dict) else container)))
+            if not leads_nowhere(container):
+                pending.extend(container.values() if isinstance(container, dict) else container)
     return [value for value in found if value is not None], containers
 
 

@@ -8,6 +8,7 @@ activations reaches the parameters as it does in the plain module.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import weakref
 from collections import deque
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torchtower.parts import cell_content, container_of
 
 _LAST = 1024
+_FEW = 256
 
 
 class Slot(NamedTuple):
@@ -30,14 +32,16 @@ class Slot(NamedTuple):
 
     def get(self) -> Any:
         """What is kept there."""
-        return cell_content(self.container) if isinstance(self.container, types.CellType) else self.container[self.key]
+        if isinstance(self.container, types.CellType):
+            return cell_content(self.container)
+        return _own_method(self.container, "__getitem__")(self.container, self.key)
 
     def set(self, value: Any) -> None:
         """Keep something else there."""
         if isinstance(self.container, types.CellType):
             self.container.cell_contents = value
         else:
-            self.container[self.key] = value
+            _own_method(self.container, "__setitem__")(self.container, self.key, value)
 
 
 class Outside:
@@ -79,20 +83,15 @@ class Outside:
                 self._roots.append(holder)
 
     def _kept(self) -> Iterator[tuple[Slot, list[Tensor]]]:
-        named = [(slot, _holder_in) for slot in self._globals]
-        pending = named + [(slot, container_of) for root in self._roots for slot in _slots(root)]
+        slots = [slot for root in self._roots for slot in _slots(root)]
         seen = set(map(id, self._roots))
-        while pending:
-            slot, holder_in = pending.pop()
-            try:
-                value = slot.get()
-            except LookupError:  # a name that has been deleted, a list that another thread shortens
-                continue
-            if tensors := _with_graph(value):
-                yield slot, tensors
-            elif (holder := holder_in(value)) is not None and id(holder) not in seen:
-                seen.add(id(holder))
-                pending.extend((slot, container_of) for slot in _slots(holder))
+        for slot in self._globals:
+            value = slot.container.get(slot.key)
+            if container_of(value) is None and (holder := _holder_in(value)) is not None:
+                yield from _kept_in(_slots(holder), seen, _FEW)  # a trainer, say: it may hold anything
+            else:
+                slots.append(slot)
+        yield from _kept_in(slots, seen, sys.maxsize)
 
     def remember(self) -> None:
         """Take what is there now for the user's own."""
@@ -110,14 +109,14 @@ class Outside:
 
 def put_connected(slots: Sequence[Slot], connected: dict[int, Tensor]) -> None:
     """Put the connected tensors, by the local ones' ids, where the local ones are."""
-
-    def exchanged(value: Any) -> Any:
-        if type(value) is tuple:
-            return tuple(map(exchanged, value))
-        return connected.get(id(value), value)  # hooks may share a place, which is then exchanged once
-
     for slot in slots:
-        slot.set(exchanged(slot.get()))
+        slot.set(_exchanged(slot.get(), connected))
+
+
+def _exchanged(value: Any, connected: dict[int, Tensor]) -> Any:
+    if type(value) is tuple:
+        return tuple([_exchanged(part, connected) for part in value])
+    return connected.get(id(value), value)  # hooks may share a place, which is then exchanged once
 
 
 def _with_graph(value: Any) -> list[Tensor]:
@@ -137,6 +136,23 @@ def _holder_in(value: Any) -> Any:
     return attributes if type(attributes) is dict else None
 
 
+def _kept_in(slots: list[Slot], seen: set[int], most: int) -> Iterator[tuple[Slot, list[Tensor]]]:
+    """What these hold, and containers there, as far as so many slots go."""
+    pending = deque(slots)
+    while pending and most > 0:
+        slot = pending.popleft()
+        most -= 1
+        try:
+            value = slot.get()
+        except LookupError:  # a list that another thread shortens
+            continue
+        if tensors := _with_graph(value):
+            yield slot, tensors
+        elif (container := container_of(value)) is not None and id(container) not in seen:
+            seen.add(id(container))
+            pending.extend(_slots(container))
+
+
 def _nothing() -> None:
     """A reference that is dead."""
 
@@ -148,8 +164,15 @@ def _slots(container: Any) -> list[Slot]:
         return []
     # The last ones: a hook adds at the end, and what it has added in a thousand steps is no business of this one.
     if isinstance(container, dict):
-        return [Slot(container, key) for key in islice(reversed(container), _LAST)]
-    return [Slot(container, index) for index in range(len(container))[-_LAST:]]
+        return [Slot(container, key) for key in islice(dict.__reversed__(container), _LAST)]
+    length = _own_method(container, "__len__")(container)
+    return [Slot(container, index) for index in range(length)[-_LAST:]]
+
+
+def _own_method(container: Any, name: str) -> Any:
+    """A method of dict, list or deque itself: a subclass's might do anything."""
+    kind = next(kind for kind in (dict, list, deque) if isinstance(container, kind))
+    return getattr(kind, name)
 
 
 def _is_function(value: Any) -> bool:

@@ -161,6 +161,8 @@ class TowerParallel(Steps[Module]):
         return run(inputs, kwargs)
 
     def _forward_on_towers(self, inputs: Any, kwargs: Any) -> Any:
+        if is_held_here(self._lock):  # a signal's handler, in the middle of another call
+            return self._forward_alone(inputs, kwargs)
         self._check_steps(TowerParallel.forward)  # one may have been put on this very wrapper
         shards = self._shards(inputs, kwargs, self._overrides("scatter"))
         with self._lock:
@@ -172,13 +174,12 @@ class TowerParallel(Steps[Module]):
 
     @untraced
     def _forward_untraced(self, inputs: Any, kwargs: Any) -> Any:
+        out = self._forward_on_towers(inputs, kwargs)
         self._warn_of_compiler()
-        return self._forward_on_towers(inputs, kwargs)
+        return out
 
     def _warn_of_compiler(self) -> None:
-        with self._lock:
-            is_compiled = self._running().is_compiled
-        if not is_compiled:
+        if self._towers is not None and not self._towers.is_compiled:
             warnings.warn(
                 "TowerParallel: expected to be called outside of what torch.compile compiles, which stops at a wrapper "
                 "and leaves what its towers do as it is; wrap the compiled module, TowerParallel(torch.compile(net)), "
@@ -261,16 +262,21 @@ class TowerParallel(Steps[Module]):
                 f"TowerParallel.tower_loss: expected loss_fn to be callable, but got {type(loss_fn).__name__}"
             )
         if self._is_alone():
-            batch, kwargs = self._moved((batch, kwargs))
-            loss, weight = loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
-            normalized_weights([1.0 if weight is None else weight], 1, "TowerParallel.tower_loss")
-            self.tower_losses = [loss.detach()]
-            return loss
+            return self._tower_loss_alone(loss_fn, batch, kwargs)
         run = self._tower_loss_untraced if torch.compiler.is_compiling() else self._tower_loss_on_towers
         mean: Tensor = run(loss_fn, batch, kwargs)
         return mean
 
+    def _tower_loss_alone(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
+        batch, kwargs = self._moved((batch, kwargs))
+        loss, weight = loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
+        normalized_weights([1.0 if weight is None else weight], 1, "TowerParallel.tower_loss")
+        self.tower_losses = [loss.detach()]
+        return loss
+
     def _tower_loss_on_towers(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
+        if is_held_here(self._lock):
+            return self._tower_loss_alone(loss_fn, batch, kwargs)
         # One that goes with a forward of its own may take what only that hands to it.
         own_scatter = self._overrides("scatter") and type(self).forward is TowerParallel.forward
         shards = self._shards(batch, kwargs, own_scatter)
@@ -302,9 +308,10 @@ class TowerParallel(Steps[Module]):
 
     @untraced
     def _tower_loss_untraced(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
+        loss = self._tower_loss_on_towers(loss_fn, batch, kwargs)
         if getattr(loss_fn, "_torchdynamo_orig_callable", None) is None:
             self._warn_of_compiler()
-        return self._tower_loss_on_towers(loss_fn, batch, kwargs)
+        return loss
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -345,14 +352,8 @@ class TowerParallel(Steps[Module]):
         self._held.drop_all()  # those of parameters that have been replaced, too
 
     def _is_alone(self) -> bool:
-        # While the interpreter shuts down, no other thread runs. A signal's handler may come in the middle of a call.
-        return (
-            self.num_towers == 1
-            or current_tower() is not None
-            or transforming()
-            or sys.is_finalizing()
-            or is_held_here(self._lock)
-        )
+        # While the interpreter shuts down, no other thread runs.
+        return self.num_towers == 1 or current_tower() is not None or transforming() or sys.is_finalizing()
 
     def _module_here(self) -> Any:
         # A loss function that calls the wrapper itself means its tower's replica. Within another wrapper's tower this

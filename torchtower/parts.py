@@ -15,13 +15,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from torchtower._extension import holds_only
+
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS = (*_DICTS, list, set, deque)
+_LISTED = frozenset({dict, OrderedDict, Counter, list, set, deque, tuple, frozenset})  # hold what they list, no more
 # A larger container, or tensor apart from the module's device, is a table (a vocabulary, say): shared by all towers,
 # neither copied nor compared.
 SMALL = 1024
 MANY = 4096  # objects, after which a search is given up
-ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), type})
+ATOMS: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None), type})
 
 
 def is_small_container(value: Any) -> bool:
@@ -31,7 +34,7 @@ def is_small_container(value: Any) -> bool:
 
 def is_table(value: Any) -> bool:
     """Whether ``value`` is a container that is too large for that."""
-    return (type(value) in CONTAINERS or type(value) is tuple) and len(value) > SMALL
+    return type(value) in CONTAINERS and len(value) > SMALL
 
 
 def is_record(value: Any) -> bool:
@@ -161,9 +164,9 @@ def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
     return list(found.values())
 
 
-def beside_atoms(values: list[Any]) -> list[Any]:
-    """The values, or none of them where all are numbers, strings and the like: what holds these leads nowhere."""
-    return [] if ATOMS.issuperset(map(type, values)) else values
+def leads_nowhere(value: Any) -> bool:
+    """Whether a container holds nothing but numbers, strings and the like."""
+    return type(value) in _LISTED and holds_only(value, ATOMS)
 
 
 def cell_content(cell: types.CellType) -> Any:

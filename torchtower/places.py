@@ -10,13 +10,14 @@ import functools
 import types
 from collections.abc import Iterator, Sequence
 from copy import copy
+from itertools import islice
 from operator import is_
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
-from torchtower.parts import beside_atoms, container_of, parts_of
+from torchtower.parts import container_of, leads_nowhere, parts_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import is_scripted
 
@@ -24,6 +25,7 @@ from torchtower.scripted import is_scripted
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
 _CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
 _DELETED = object()
+_ALL, _ADDED = "all", "added"  # stand for the name of what a list or set holds
 
 
 class Place(NamedTuple):
@@ -51,21 +53,24 @@ class Written(NamedTuple):
 
     module: nn.Module  # the original's
     place: Place
-    name: Any  # the attribute or key; None where the whole contents of a list or set is the value
+    name: Any  # the attribute or key; of a list or set, whether the value is all that it holds, or what was added
     value: Any
+
+    def values(self) -> list[Any]:
+        """What was left, one by one."""
+        return [self.value] if isinstance(self.place.twin, dict) else self.value
 
 
 def write_back(written: Sequence[Written], translate: Translation) -> None:
     """Do to the original what the main tower did to its replica."""
     for _, place, name, value in written:
         target = place.target
-        name = translate(name)  # a key may be a module
-        if value is _DELETED:
-            target.pop(name, None)
-        elif name is None:
-            _set_contents(target, translate(value))
+        if not isinstance(target, dict):
+            (_set_contents if name is _ALL else _add_contents)(target, translate(value))
+        elif value is _DELETED:
+            target.pop(translate(name), None)  # a key may be a module
         else:
-            target[name] = translate(value)
+            target[translate(name)] = translate(value)
         if place.kind == "hooks":
             _put_in_order(target, [key for key in place.twin if key in target])
 
@@ -102,8 +107,8 @@ def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
                 seen.add(id(target))
                 place = _place(kind, target, container_of(copied))
                 yield place
-                if values := beside_atoms(_values(target)):
-                    pending += [(kind, *pair) for pair in zip(values, _values(place.twin), strict=True)]
+                if not leads_nowhere(target):
+                    pending += [(kind, *pair) for pair in zip(_values(target), _values(place.twin), strict=True)]
         elif isinstance(value, tuple):
             if value is not copied:
                 pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
@@ -125,12 +130,22 @@ def _values(container: Any) -> list[Any]:
 
 def _set_contents(container: Any, contents: Any) -> None:
     container.clear()
+    _add_contents(container, contents)
+
+
+def _add_contents(container: Any, contents: Any) -> None:
     (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
 
 
 def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
     if not isinstance(now, dict):
-        same = len(before) == len(now) and all(map(is_, before, now))
-        return [] if same else [(None, list(now))]
+        # What is only added is added to the original's: others, a hook that closes over it say, may add there, too.
+        if isinstance(now, set):
+            added, is_more = list(now - before), before <= now
+        else:
+            added, is_more = list(islice(now, len(before), None)), all(map(is_, before, now))
+        if is_more and len(before) + len(added) == len(now):
+            return [(_ADDED, added)] if added else []
+        return [(_ALL, list(now))]
     changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
     return changed + [(name, _DELETED) for name in before.keys() - now.keys()]

@@ -33,6 +33,8 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
         One gradient a parameter on the first tower's device; None where every tower has None.
     """
     grads: list[Any] = list(chain.from_iterable(towers))
+    if len(towers) == 1 and weights[0] == 1 and _are_dense(grads):
+        return grads if in_place else [grad.clone() for grad in grads]
     is_usual = _PLAIN.issuperset(map(type, grads)) and not _have_zeros(towers[0])
     if is_usual and len(towers) > 1 and 0 not in weights and not _are_followed(grads, in_place):
         out: Sequence[Any] = towers[0] if in_place else [torch.empty_like(grad) for grad in grads[: len(towers[0])]]
@@ -69,6 +71,15 @@ def _sum_each_kind(towers: Sequence[Sequence[Grad]], weights: Sequence[float], i
         for (index, dtype, _), total in zip(members, sums, strict=True):
             results[index] = total.to(dtype)
     return results
+
+
+def _are_dense(grads: Sequence[Any]) -> bool:
+    """Whether all are there and dense, on one device."""
+    return (
+        _PLAIN.issuperset(map(type, grads))
+        and all(grad.layout is torch.strided and grad.device == grads[0].device for grad in grads)
+        and not _have_zeros(grads)
+    )
 
 
 def _have_zeros(grads: Sequence[Any]) -> bool:

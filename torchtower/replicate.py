@@ -30,7 +30,6 @@ from torchtower.graphs import writable
 from torchtower.leaves import Leaves
 from torchtower.node import is_connected
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
-from torchtower.parts import is_table
 from torchtower.places import Place, Written, places_of
 from torchtower.remote import copy_together, version_of
 from torchtower.rewrite import Translation
@@ -64,9 +63,9 @@ class Replica:
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._dicts: dict[int, dict[str, Any]] = {}  # parameters, hooks and so on in the replica of each, by its id
-        self._tables: dict[int, dict[str, Any]] = {}  # in attributes of each, by its id and their names
+        self._kinds: dict[int, type] = {}  # the class of the replica of each, by its id
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
-        self._hook_dicts: dict[int, tuple[Any, Any]] = {}  # this replica's, by their ids, and the original's
+        self._hook_dicts: dict[tuple[int, str], tuple[Any, Any]] = {}  # of each, by its id: replica's and original's
         self._sources: list[Tensor] = []
         self._buffer_versions: dict[int, int | None] = {}
         self.rebuild()
@@ -91,7 +90,6 @@ class Replica:
         self._places.clear()
         self._links.clear()
         self._dicts.clear()
-        self._tables.clear()
         self._met.clear()
         self._hook_dicts.clear()
         for module in self._original.modules:
@@ -115,8 +113,10 @@ class Replica:
         if not is_scripted(module):
             for name in (*HOOKS, *HOOK_OPTIONS):
                 source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
+                _, before = self._hook_dicts.get((id(module), name), (None, None))
+                self._to_replica.remove(before)
                 self._to_replica.add(source, target)
-                self._hook_dicts[id(target)] = target, source
+                self._hook_dicts[id(module), name] = target, source
 
     def _make_buffers(self, before: Translation, known: Iterable[Tensor]) -> None:
         """Have a twin of each of the original's buffers, that of ``before`` where it was one of the ``known`` ones."""
@@ -161,32 +161,18 @@ class Replica:
         if is_scripted(module):
             install(module, twin, self._to_replica)
         else:
-            attributes = self._translated_attributes(module)
+            attributes = {
+                name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS
+            }
             twin.__dict__.clear()
             twin.__dict__.update(attributes, **dicts)
             if type(twin) is not type(module):  # a parametrization changes a module's class
                 object.__setattr__(twin, "__class__", type(module))
         for source in sources:  # which must not live longer than the module holds it
             self._to_replica.remove(source)
-        self._dicts[id(module)] = dicts
+        self._dicts[id(module)], self._kinds[id(module)] = dicts, type(twin)
         self._places[id(module)] = list(places_of(module, twin))
         self._met[id(module)] = self._to_replica.met
-
-    def _translated_attributes(self, module: nn.Module) -> dict[str, Any]:
-        """What the replica has for a module's attributes; tables are looked through once, as long as they stay."""
-        known, tables = self._tables.get(id(module), {}), {}
-        attributes: dict[str, Any] = {}
-        for name, value in module.__dict__.items():
-            if name in MODULE_DICTS:
-                continue
-            if is_table(value) and known.get(name) is value:
-                attributes[name] = tables[name] = value
-                continue
-            attributes[name] = self._to_replica(value)
-            if is_table(value) and attributes[name] is value:
-                tables[name] = value
-        self._tables[id(module)] = tables
-        return attributes
 
     def _link(self, source: Tensor) -> Link:
         """Make a leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""
@@ -261,6 +247,12 @@ class Replica:
                 found += [Written(module, place, *change) for change in place.take_changes()]
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
+    def take_class(self, module: nn.Module) -> type | None:
+        """The class that this replica has given its twin of a module since the last call; None if it has not."""
+        before, now = self._kinds[id(module)], type(self.twin_of(module))
+        self._kinds[id(module)] = now
+        return None if now is before else now
+
     def _put_back_dicts(self, module: nn.Module) -> None:
         """Fill a module's own dict where a forward has put another in its place, as ``del layers[0]`` does."""
         held = self.twin_of(module).__dict__
@@ -279,5 +271,6 @@ class Replica:
                 back.add(twin, source)
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
-        back.table.update(self._hook_dicts)
+        for target, source in self._hook_dicts.values():
+            back.add(target, source)
         return back

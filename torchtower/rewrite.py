@@ -24,13 +24,14 @@ from torchtower.parts import (
     ATOMS,
     CONTAINERS,
     MANY,
-    beside_atoms,
     cell_content,
     container_of,
     entries_of,
     is_foreign,
     is_plain_tuple,
     is_record,
+    is_table,
+    leads_nowhere,
     note_alike,
     note_made,
     parts_of,
@@ -43,6 +44,9 @@ class _Pair:
     def __init__(self, source: Any, twin: Any) -> None:
         self.source = source  # alive, so that its id stays its own
         self.twin = twin
+
+
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class Translation:
@@ -108,9 +112,16 @@ class _Copy:
         holders_of: dict[int, list[int]] = {id(root): []}
         leading: set[int] = set()
         pending = [root]
+        inner: set[int] = set()  # what functions lead to, where a table is a memory of theirs
         while pending and len(holders_of) < self._most:
             holder = pending.pop()
-            for part in () if id(holder) in self._table else beside_atoms(self._parts(holder) or []):
+            is_inner = id(holder) in inner or isinstance(holder, _FUNCTIONS)
+            if id(holder) in self._table or leads_nowhere(holder) or (is_inner and is_table(holder)):
+                continue
+            parts = self._parts(holder) or ()
+            if is_inner:
+                inner.update(map(id, parts))
+            for part in parts:
                 if id(part) in self._table:
                     leading.add(id(holder))
                 elif id(part) in holders_of:
@@ -139,7 +150,8 @@ class _Copy:
             return entry[1]
         if id(value) in self._done:
             return self._done[id(value)]
-        copy = copy and (is_plain_tuple(type(value)) or container_of(value) is not None)
+        is_tuple = is_plain_tuple(type(value)) and not leads_nowhere(value)
+        copy = copy and (is_tuple or container_of(value) is not None)
         if id(value) not in self._leading and not copy:
             return value
         if isinstance(value, nn.Module):
@@ -149,7 +161,7 @@ class _Copy:
         if type(value) in CONTAINERS or is_record(value):
             twin = self._done[id(value)] = self._twin_of(value)
             parts = self._parts(value) or []
-            if beside_atoms(parts):
+            if not leads_nowhere(value):
                 parts = [self.of(part, copy) for part in parts]
             if is_record(value):
                 vars(twin).clear()
