@@ -110,13 +110,11 @@ class Original:
         buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None and _is_copied(b)}
         registered = [*parameters.values(), *buffers.values()]
         descendants = set(map(id, self.module.modules()))
-        seen: set[int] = set()
         pending = [self.module]
         while pending:
             module = pending.pop()
-            if id(module) in seen:
+            if id(module) in held_by:
                 continue
-            seen.add(id(module))
             modules.append(module)
             held = held_by[id(module)] = known.get(id(module)) or _held_by(module)
             for value in held.values:
@@ -127,12 +125,7 @@ class Original:
                     parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
-        for parameter in parameters.values():
-            if parameter.layout is not torch.strided:
-                raise ValueError(
-                    f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train "
-                    "a dense one, or make it a buffer"
-                )
+        _check_dense(parameters.values())
         before, self.modules, self._held = self.modules, modules, held_by
         self.parameters = list(parameters.values())
         self._registered = registered
@@ -218,6 +211,15 @@ class Original:
         return [turned, *classes, *scripted, *flags, *memory_of(self.parameters)]
 
 
+def _check_dense(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        if parameter.layout is not torch.strided:
+            raise ValueError(
+                f"TowerParallel: expected dense parameters, but got one of layout {parameter.layout}; train a dense "
+                "one, or make it a buffer"
+            )
+
+
 class _MisplacedModuleError(ValueError, RuntimeError):
     """Bad input as everywhere here, and with the type and the words that programs know from nn.DataParallel."""
 
@@ -289,7 +291,8 @@ def _is_small(tensor: Tensor) -> bool:
 
 def graph_tensors(module: nn.Module) -> list[Tensor]:
     """The tensors with a graph that a module's attributes hold."""
-    return [graph for reference in _held_by(module).graphs if (graph := reference()) is not None]
+    found, _ = _contents(module)
+    return [value for value in found if isinstance(value, Tensor) and value.grad_fn is not None]
 
 
 def is_lazy_module(module: nn.Module) -> bool:
