@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, take_steps, twins, wrap
 from tests.modules import AuxiliaryLoss, OneLayer, TrainedWithin
 from torchtower import current_tower
 
@@ -480,6 +481,94 @@ def test_what_a_hook_adds_to_a_list_that_the_forward_adds_to_stays(kind: Any) ->
         assert wrapped.module.log is log
         assert sum("forward" in entry for entry in log) == calls
         assert sum(entry == "hook" for entry in log) == (1 if kind is set else 2 * calls)  # every tower's
+
+
+class Cam(OneLayer):
+    """Keeps an activation in the forward, and beside it what the backward finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, Any] = {}
+        self.fc.register_full_backward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        self.cache["gradient"] = grad_output[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x)
+        self.cache = {"out": out}
+        return out
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_backward_may_write_into_what_the_forward_has_just_made(num_towers: int) -> None:
+    wrapped = wrap(Cam().double(), num_towers)
+    for _ in range(3):
+        wrapped(batch(8, requires_grad=True)).square().sum().backward()
+        cache = wrapped.module.cache
+        assert list(cache) == ["out", "gradient"]
+        assert_close(cache["gradient"], 2 * cache["out"][: len(cache["gradient"])])
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        self.aux = (weight * 0.5).sum()
+        return x
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_loss_in_a_module_that_the_forward_makes_has_gradients_at_once(num_towers: int) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.fc(x)
+            if not hasattr(self, "gate"):
+                self.gate = nn.Sequential(Gate())
+            result: Tensor = self.gate[0](out, self.fc.weight)
+            return result
+
+    plain, wrapped = twins(Net(), num_towers)
+    for step in range(3):
+        for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+            net.zero_grad()
+            (net(batch(8, seed=step)).square().sum() + inner.gate[0].aux).backward()
+        assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_full_backward_hooks_lead_to_nothing_that_the_outputs_do_not_depend_on(pre: bool) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(3, 2)
+
+    plain, wrapped = twins(Net(), 2)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        prune.l1_unstructured(inner.unused, "weight", amount=0.5)
+        (inner.fc.register_full_backward_pre_hook if pre else inner.fc.register_full_backward_hook)(lambda *_: None)
+        take_steps(net, torch.optim.SGD(net.parameters(), lr=0.1), lambda step: batch(8, requires_grad=True), steps=3)
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_data_that_a_forward_assigns_before_it_raises_are_kept_then(num_towers: int) -> None:
+    class Net(OneLayer):
+        fails = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails:
+                self.fc.weight.data = self.fc.weight.data * 0.5
+                raise ValueError("no")
+            out: Tensor = self.fc(x)
+            return out
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        with pytest.raises(ValueError, match="no"):
+            net(batch(8))
+        inner.fc.weight.data.add_(10)
+        inner.fails = False
+    assert_close(wrapped(batch(8)), plain(batch(8)))
+    assert_close(wrapped.module.fc.weight, plain.fc.weight)
 
 
 class LooksItselfUp(OneLayer):

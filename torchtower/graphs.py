@@ -146,7 +146,9 @@ def _is_end(node: Any) -> bool:
 
 def _is_opaque(node: Any) -> bool:
     """Whether a node may go backward itself, to leaves that no edge tells of: a reentrant checkpoint does."""
-    return isinstance(node, torch._C._FunctionBase) and not _is_writable(node)
+    # A full backward hook's node only passes on what comes.
+    is_hook = type(node).__name__ == "BackwardHookFunctionBackward"
+    return isinstance(node, torch._C._FunctionBase) and not _is_writable(node) and not is_hook
 
 
 def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:

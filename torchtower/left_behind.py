@@ -65,6 +65,8 @@ class LeftBehind:
         ]
         put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         modules = _write_to_original(self._main, self._written, [*self._known, *connected])
+        for item in self._written:
+            self._main.watch_container(item)  # the backward may write into it
         if modules and not any(map(_is_structural, self._written)):
             self._original.remember(modules, [value for value in values if value is not None])
         return modules
@@ -130,7 +132,9 @@ def _kept_outside(
 
 
 def _with_graph(written: Sequence[Written]) -> list[Tensor]:
-    tensors = chain.from_iterable(tensors_within(item.value) for item in written)
+    values = list(chain.from_iterable(item.values() for item in written))
+    made = [module for value in values if isinstance(value, nn.Module) for module in value.modules()]
+    tensors = chain.from_iterable(map(tensors_within, chain(values, map(vars, made))))
     return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
 
 

@@ -56,6 +56,12 @@ class Written(NamedTuple):
     name: Any  # the attribute or key; of a list or set, whether the value is all that it holds, or what was added
     value: Any
 
+    def container(self) -> Place | None:
+        """The place that a small container in an attribute is from now on; None where this is no such."""
+        held = container_of(self.value) if self.place.kind == "attributes" else None
+        target = None if held is None else container_of(self.place.target.get(self.name))
+        return None if target is None or target is held else _place("container", target, held)
+
     def values(self) -> list[Any]:
         """What was left, one by one."""
         return [self.value] if isinstance(self.place.twin, dict) else self.value

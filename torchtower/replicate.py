@@ -247,6 +247,12 @@ class Replica:
                 found += [Written(module, place, *change) for change in place.take_changes()]
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
+    def watch_container(self, written: Written) -> None:
+        """See from now on, too, what this replica writes into a small container that it has put into an attribute."""
+        if (place := written.container()) is not None:
+            self._places[id(written.module)].append(place)
+            self._own.remember(self._original.index_of[id(written.module)], self._watched(written.module))
+
     def take_class(self, module: nn.Module) -> type | None:
         """The class that this replica has given its twin of a module since the last call; None if it has not."""
         before, now = self._kinds[id(module)], type(self.twin_of(module))

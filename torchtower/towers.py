@@ -135,8 +135,8 @@ class Towers:
             inner_gradients = self._take_gradients()
             self.went_backward = bool(inner_gradients)
             self._take_over_flags()
+            self._take_over_data()
         self._in_turn = False
-        self._take_over_data()
         if inner_gradients:
             self._accumulate_inner_gradients(inner_gradients)
         return outputs
