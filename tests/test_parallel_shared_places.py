@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.containers import Box
-from tests.helpers import SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.modules import OneLayer
 
 
 def test_hooks_may_share_a_place_and_its_name_may_come_and_go() -> None:
@@ -236,3 +237,25 @@ def _add_from(store: Any) -> Callable[..., Tensor]:
         return output + entries["first"].sum(1, keepdim=True) * entries["layer"].weight.sum()
 
     return hook
+
+
+@pytest.mark.parametrize("make", [list, collections.deque, set])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_forward_adds_to_a_list_of_two_modules_is_added_once(num_towers: int, make: Any) -> None:
+    class Adding(OneLayer):
+        def __init__(self, log: Any) -> None:
+            super().__init__()
+            self.log = log
+
+        def forward(self, x: Tensor) -> Tensor:
+            (self.log.add if make is set else self.log.append)(len(self.log))
+            out: Tensor = self.fc(x)
+            return out
+
+    log = make()
+    net = nn.Sequential(Adding(log), nn.Linear(2, 3), Adding(log))
+    wrapped = wrap(net, num_towers)
+    for calls in (1, 2, 3):
+        wrapped(torch.ones(8, 3))
+        assert list(log) == list(range(2 * calls))
+        assert net[0].log is log and net[2].log is log

@@ -239,12 +239,16 @@ class Replica:
     def take_written(self) -> list[Written]:
         """What this replica wrote into attributes and dicts since the last call, as values of the replica's world."""
         found = []
+        taken: set[int] = set()  # a container may be in several modules
         self._touched.update(self._own.changed())
         for index in sorted(self._touched):
             module = self._original.modules[index]
             self._put_back_dicts(module)
             for place in self._places[id(module)]:
-                found += [Written(module, place, *change) for change in place.take_changes()]
+                changes = place.take_changes()
+                if id(place.twin) not in taken:
+                    found += [Written(module, place, *change) for change in changes]
+            taken.update(id(place.twin) for place in self._places[id(module)])
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
     def watch_container(self, written: Written) -> None:
