@@ -100,6 +100,13 @@ def assert_go_backward_alike(
     assert_same_gradients(wrapped, plain, rtol)
 
 
+def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
+    """Afterwards the two have the same outputs and the same gradients."""
+    for net in (plain, wrapped):
+        net.zero_grad()
+    assert_go_backward_alike(plain, wrapped, batch(rows, seed=rows))
+
+
 def _leaf(value: Any) -> Any:
     """A copy of its own for each module, of a tensor that is to have a gradient."""
     wants_grad = isinstance(value, Tensor) and value.requires_grad

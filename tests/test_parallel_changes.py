@@ -14,21 +14,13 @@ from torch.nn.utils import prune
 from tests.helpers import (
     SEVERAL,
     assert_close,
-    assert_go_backward_alike,
     assert_same_gradients,
     batch,
+    both_go_backward,
     mlp,
     twins,
     wrap,
 )
-
-
-def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
-    """Afterwards the two have the same outputs and the same gradients."""
-    for net in (plain, wrapped):
-        net.zero_grad()
-    assert_go_backward_alike(plain, wrapped, batch(rows, seed=rows))
-
 
 CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
     "to dtype and back": lambda net: net.half().double(),

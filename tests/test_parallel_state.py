@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tests.helpers import (
     assert_close,
-    assert_go_backward_alike,
     assert_same_parameters,
     batch,
+    both_go_backward,
     mlp,
     run_python,
     twins,
@@ -24,14 +24,6 @@ from tests.helpers import (
 )
 from tests.modules import OneLayer
 from torchtower import TowerParallel, convert_sync_batchnorm
-
-
-def both_go_backward(plain: nn.Module, wrapped: nn.Module, rows: int = 7) -> None:
-    """Afterwards the two have the same outputs and the same gradients."""
-    for net in (plain, wrapped):
-        net.zero_grad()
-    assert_go_backward_alike(plain, wrapped, batch(rows, seed=rows))
-
 
 # ---- saved and loaded
 
