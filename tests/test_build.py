@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -54,8 +53,7 @@ def wheel(source, tmp_path_factory) -> Path:
     dist = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", dist, cwd=source)
     (sdist,) = dist.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(dist / "unpacked", filter="data")
+    run(sys.executable, "-m", "tarfile", "--extract", sdist, dist / "unpacked", cwd=dist)
     (unpacked,) = (dist / "unpacked").iterdir()
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, cwd=unpacked)
     (built,) = dist.glob("*.whl")

@@ -89,13 +89,35 @@ def test_a_download_cut_short_keeps_nothing(serve, tmp_path):
     assert _left_in(tmp_path) == []
 
 
-def test_an_archive_that_climbs_out_of_its_folder_is_refused(serve, tmp_path):
+def test_what_an_archive_holds_outside_its_folder_lands_nowhere(serve, tmp_path):
     cache = tmp_path / "cache"
-    content = _archive(**{"..__..__escaped": b"!", "batches__test": b"y"})
+    content = _archive(
+        **{
+            "..__..__escaped": b"!",
+            "batches__..__..__escaped": b"!",
+            "__absolute": b"!",
+            "batches__test": b"y",
+            "beside": b"!",
+        }
+    )
     url, _ = serve(content)
-    with pytest.raises(BadInput, match="outside the destination"):
-        fetch_archive(url, _md5(content), MEMBER, cache)
-    assert _left_in(tmp_path) == ["cache"]
+    fetch_archive(url, _md5(content), MEMBER, cache)
+    assert _left_in(tmp_path) == ["batches", "cache", "test"]
+
+
+def test_a_link_in_an_archive_is_not_followed(serve, tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for kind, name in ((tarfile.SYMTYPE, "symbolic"), (tarfile.LNKTYPE, "hard")):
+            entry = tarfile.TarInfo(f"{MEMBER}/{name}")
+            entry.type, entry.linkname = kind, "../../secret"
+            tar.addfile(entry)
+        entry = tarfile.TarInfo(f"{MEMBER}/test")
+        entry.size = 1
+        tar.addfile(entry, io.BytesIO(b"y"))
+    url, _ = serve(buffer.getvalue())
+    fetch_archive(url, _md5(buffer.getvalue()), MEMBER, tmp_path / "cache")
+    assert _left_in(tmp_path) == ["batches", "cache", "test"]
 
 
 def test_an_archive_without_the_folder_is_refused(serve, tmp_path):
