@@ -176,23 +176,23 @@ def test_a_closed_wrapper_starts_anew() -> None:
     assert_go_backward_alike(plain, wrapped, rows(4))
 
 
-@pytest.mark.parametrize("ending", ["", "del model, out", "import sys; sys.exit()", "1 / 0"])
+@pytest.mark.parametrize("ending", ["", "del model, out", "sys.exit()", "1 / 0"])
 def test_a_program_that_never_closes_its_wrapper_ends(ending: str) -> None:
     program = f"""
-import torch
+import sys, torch
 from tests.accelerator import load
 load()
 from torchtower import TowerParallel
 model = TowerParallel(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout()).to("simulated:0"))
 out = model(torch.ones(8, 3))
 out.sum().backward()
-print("trained", flush=True)
+print("trained", file=sys.stderr, flush=True)
 {ending}
 """
     done = run_python(program)
-    assert done.stdout == "trained\n"
     assert done.returncode == (1 if "/" in ending else 0), done.stderr
-    assert "ZeroDivisionError" in done.stderr if "/" in ending else done.stderr == ""
+    _, words = done.stderr.split("trained\n")  # loading may have warned of a compiler without its device
+    assert "ZeroDivisionError" in words if "/" in ending else words == ""
 
 
 def test_as_many_devices_as_a_machine_has_work() -> None:
