@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import threading
@@ -136,10 +137,16 @@ def in_threads(*calls: Callable[[], Any], timeout_s: float = 60) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
-def run_python(program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def run_python(program: str, timeout_s: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program in an interpreter of its own; a hang is a failure."""
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
 
 

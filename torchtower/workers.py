@@ -21,6 +21,7 @@ import torch
 
 from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.generators import Seeds, TowerGenerators
+from torchtower.heap import keep_freed_memory
 from torchtower.local_backward import empty_queue, make_last_node
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState, has_levels, without_parametrization_cache
@@ -44,6 +45,7 @@ class TowerPool:
 
     def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None, lock: threading.RLock) -> None:
         take_turns_in_forward_mode()
+        keep_freed_memory()
         intercept_draws()  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
         self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
