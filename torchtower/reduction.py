@@ -34,7 +34,7 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
     """
     grads: list[Any] = list(chain.from_iterable(towers))
     if len(towers) == 1 and weights[0] == 1 and _are_dense(grads):
-        return grads if in_place else [grad.clone() for grad in grads]
+        return list(_sum_dense([grads], weights, in_place))
     is_usual = _PLAIN.issuperset(map(type, grads)) and not _have_zeros(towers[0])
     if is_usual and len(towers) > 1 and 0 not in weights and not _are_followed(grads, in_place):
         out: Sequence[Any] = towers[0] if in_place else [torch.empty_like(grad) for grad in grads[: len(towers[0])]]
