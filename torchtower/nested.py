@@ -19,9 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from torchtower.parts import is_record
-
-_PLAIN = frozenset((type(None), bool, int, float, str))
+from torchtower.parts import ATOMS, is_record
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -58,7 +56,7 @@ def children_of(value: Any) -> list[Any] | None:
         return list(value)
     if kind is dict:
         return list(value.values())
-    if kind in _PLAIN:
+    if kind in ATOMS:
         return None
     if isinstance(value, PackedSequence):
         raise ValueError(

@@ -172,7 +172,7 @@ class Original:
 
     def graphs_of(self, module: nn.Module) -> list[Tensor]:
         """The tensors with a graph that a module's attributes hold."""
-        return [graph for reference in self._held[id(module)].graphs if (graph := reference()) is not None]
+        return _alive(self._held[id(module)].graphs)
 
     def check_device(self) -> None:
         """See that parameters and buffers lie on the main tower's device.
@@ -205,8 +205,7 @@ class Original:
         classes: list[Any] = list(map(type, self.modules))
         scripted = chain.from_iterable(map(facts_of, self._scripted))
         # In place a tensor is made one to be trained or given a graph, and detached.
-        graphs = [graph for reference in self._graphs if (graph := reference()) is not None]
-        turned = any(b.requires_grad for b in self.buffers) or not all(g.requires_grad for g in graphs)
+        turned = any(b.requires_grad for b in self.buffers) or not all(g.requires_grad for g in _alive(self._graphs))
         flags = map(attrgetter("requires_grad"), self.parameters)
         return [turned, *classes, *scripted, *flags, *memory_of(self.parameters)]
 
@@ -291,8 +290,11 @@ def _is_small(tensor: Tensor) -> bool:
 
 def graph_tensors(module: nn.Module) -> list[Tensor]:
     """The tensors with a graph that a module's attributes hold."""
-    found, _ = _contents(module)
-    return [value for value in found if isinstance(value, Tensor) and value.grad_fn is not None]
+    return _alive(_held_by(module).graphs)
+
+
+def _alive(references: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [tensor for reference in references if (tensor := reference()) is not None]
 
 
 def is_lazy_module(module: nn.Module) -> bool:
