@@ -18,6 +18,7 @@ from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import silenced, warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
+from torchtower.forward_result import ForwardResult
 from torchtower.gather import Column, check_rows_fit, gather_structure
 from torchtower.held import HeldGradients
 from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight, warn_of_backward
@@ -29,7 +30,7 @@ from torchtower.scatter import size_along
 from torchtower.shards import Shards, cut, given
 from torchtower.steps import Module, Steps
 from torchtower.thread_state import transforming, untraced
-from torchtower.towers import ForwardResult, Towers
+from torchtower.towers import Towers
 from torchtower.workers import is_held_here
 
 _BUFFER_POLICIES = ("main", "mean")

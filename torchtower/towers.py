@@ -1,9 +1,8 @@
-"""One call of a wrapped module, from its inputs to its outputs: shards out, replicas run, outputs joined."""
+"""The towers of one module: replicas that follow it, and one call of it, up to what comes out of them."""
 
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,26 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.bridge import connect_outputs
 from torchtower.collect import cut_buckets
 from torchtower.devices import move
-from torchtower.family import Family, Inputs, Plan
+from torchtower.family import Plan
+from torchtower.forward_result import ForwardResult
 from torchtower.freshness import Freshness
-from torchtower.graphs import writable
 from torchtower.held import HeldGradients
-from torchtower.left_behind import LeftBehind, keep_what_was_assigned
+from torchtower.left_behind import keep_what_was_assigned
 from torchtower.local_backward import requires_grad
 from torchtower.original import Original
-from torchtower.parts import tensors_within
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
-from torchtower.rewrite import Translation
 from torchtower.rounds import add_note
 from torchtower.scripted import is_optimized, is_training
 from torchtower.shards import Shards
-from torchtower.streams import Streams
 from torchtower.workers import TowerPool
 
 Call = Callable[[Any, Any], Any]  # (replica's module, shard) -> output
@@ -120,7 +115,8 @@ class Towers:
         shards.pass_on_contents()
         if self._buffers == "mean":
             pool_buffers(self._replicas, shards.rows)
-        return ForwardResult(self, shards, outputs, taken)
+        written_to = self._written_to.extend
+        return ForwardResult(self._plan, self._original, self._replicas, shards, outputs, taken, written_to)
 
     def _run_jobs(self, jobs: list[Callable[[], Any]]) -> list[Any]:
         if self._take_gradients() and not self.pool.was_broken_into:
@@ -210,7 +206,7 @@ class Towers:
             changes.extend(self._written_to)
             for replica in self._replicas:
                 replica.follow(changes)
-        self._written_to = []
+        self._written_to.clear()
         if self._freshness.switched(is_training(self.module)):
             self.refresh()
         stale = self._freshness.stale()
@@ -235,117 +231,14 @@ class Towers:
         for replica in self._replicas:
             replica.parameters.forget()
 
-    def bridge(
-        self,
-        shards: Shards,
-        weights: list[float],
-        leaves: list[list[Tensor]],
-        out_ports: Sequence[Port],
-        outputs: list[list[Grad]],
-    ) -> list[Grad]:
-        """Connect the towers' outputs to the user's graph; takes over what the main tower's forward wrote."""
-        left_behind = LeftBehind(self._original, self._replicas, leaves)
-        # Rows that are weighted on the way back would be the user's only in part.
-        overwritten = shards.overwritten() if set(weights) == {1.0} else []
-        more = left_behind.columns(len(outputs)) + [(shards.ports[index], parts) for index, parts in overwritten]
-        ports = [*out_ports, *[port for port, _ in more]]
-        local_outputs = [[*own, *[parts[tower] for _, parts in more]] for tower, own in enumerate(outputs)]
-        main_inputs = list(shards.main_inputs)
-        for index, _ in overwritten:  # the bridge keeps hold of what they were
-            main_inputs[index] = writable(main_inputs[index])
-        linked, link_leaves, replaced = self._links(len(outputs))
-        local_inputs = [
-            [*replica.leaves, *links, *own]
-            for replica, links, own in zip(self._replicas, link_leaves, leaves, strict=False)
-        ]
-        in_ports = self._plan.ports
-        if linked or main_inputs:
-            in_ports = Ports([*in_ports.all, *[Port("shared", tensor.device) for tensor in linked], *shards.ports])
-        parameters = self._original.parameters
-        inputs = Inputs(
-            in_ports,
-            [*parameters, *linked, *main_inputs],
-            local_inputs,
-            list(map(requires_grad, local_inputs)),
-            frozenset(len(parameters) + index for index in replaced),
-        )
-        family = Family(self._plan, weights, shards.aliases(), Streams(self.pool.devices), self._held.synchronize)
-        values = connect_outputs(family, inputs, ports, local_outputs)
-        begin, end = len(out_ports), len(ports) - len(overwritten)
-        for (index, _), value in zip(overwritten, values[end:], strict=True):
-            _overwrite(shards.main_inputs[index], value)
-        self._written_to += left_behind.put(values[begin:end])
-        return values[:begin]
-
-    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]], list[int]]:
-        """The tensors with a graph that attributes held, their leaves, tower-major, and which have been replaced."""
-        rows = [replica.links() for replica in self._replicas[:num_towers]]
-        if not rows[0]:  # nearly always
-            return [], [[]] * num_towers, []
-        sources = [link.source() for link in rows[0]]
-        alive = [index for index, source in enumerate(sources) if source is not None]
-        linked = [source for source in sources if source is not None]
-        there = self._replicas[0].tensors_where_links_are()
-        replaced = [new for new, old in enumerate(alive) if id(rows[0][old].twin) not in there]
-        return linked, [[links[index].leaf for index in alive] for links in rows], replaced
-
     def _on_backward(self) -> None:
         self._freshness.on_backward()
         self._written_to += keep_what_was_assigned(self._replicas[0])
 
 
-class ForwardResult:
-    """What came out of the towers, not yet in the user's graph.
-
-    Args:
-        towers: where it ran.
-        shards: on what.
-        outputs: one a tower that worked.
-        leaves: the shards' leaves, tower-major.
-    """
-
-    def __init__(self, towers: Towers, shards: Shards, outputs: list[Any], leaves: list[list[Tensor]]) -> None:
-        self._towers = towers
-        self._shards = shards
-        self.outputs = outputs
-        self.towers_met = towers.pool.has_met
-        self._leaves = leaves
-
-    @property
-    def rows(self) -> list[int]:
-        """Rows of each tower's shard."""
-        return self._shards.rows
-
-    def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
-        """Give ``outputs`` (tower-major) their place in the user's graph."""
-        return self._towers.bridge(self._shards, weights, self._leaves, ports, outputs)
-
-    def connect_each(self) -> list[Any]:
-        """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""
-        tensors = [[each for each in tensors_within(out, sys.maxsize) if each.requires_grad] for out in self.outputs]
-        ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
-        columns = [[each if other is own else None for own in tensors for each in own] for other in tensors]
-        values = iter(self.connect([1.0] * len(tensors), ports, columns))
-        connected = []
-        for output, own in zip(self.outputs, tensors, strict=True):
-            translate = Translation(deep=True)
-            for tensor in own:
-                translate.add(tensor, next(values))
-            connected.append(translate(output))
-        return connected
-
-
 def _note_backward(reference: weakref.ref[Towers]) -> None:
     if (towers := reference()) is not None:
         towers._on_backward()
-
-
-def _overwrite(tensor: Tensor, value: Grad) -> None:
-    """Let the caller's tensor be in the graph where the towers wrote into it, as in the plain module."""
-    assert value is not None
-    autograd: Any = torch.autograd
-    with torch.enable_grad(), autograd._unsafe_preserve_version_counter(tensor):  # the write has been counted already
-        tensor.copy_(value)
 
 
 def _is_compiled(modules: Sequence[nn.Module]) -> bool:

@@ -1,0 +1,141 @@
+"""What came out of the towers in one call, and its way into the user's graph.
+
+Knows what a bridge is made of: outputs, what towers have left behind and what they wrote into the batch go through it,
+from parameters, tensors with a graph that attributes held, and the batch. It runs no tower.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtower.bridge import connect_outputs
+from torchtower.family import Family, Inputs, Plan
+from torchtower.graphs import writable
+from torchtower.left_behind import LeftBehind
+from torchtower.local_backward import requires_grad
+from torchtower.original import Original
+from torchtower.parts import tensors_within
+from torchtower.ports import Port, Ports
+from torchtower.reduction import Grad
+from torchtower.replicate import Replica
+from torchtower.rewrite import Translation
+from torchtower.shards import Shards
+from torchtower.streams import Streams
+
+
+class ForwardResult:
+    """What came out of the towers, not yet in the user's graph.
+
+    Args:
+        plan: of the wrapper.
+        original: what the replicas follow.
+        replicas: one a tower; some of the last ones may have had nothing to do.
+        shards: on what they ran.
+        outputs: one a tower that worked.
+        leaves: the shards' leaves, tower-major.
+        note_written: told of the modules that the main tower wrote to.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        original: Original,
+        replicas: Sequence[Replica],
+        shards: Shards,
+        outputs: list[Any],
+        leaves: list[list[Tensor]],
+        note_written: Callable[[Iterable[nn.Module]], None],
+    ) -> None:
+        self._plan = plan
+        self._original = original
+        self._replicas = replicas
+        self._shards = shards
+        self.outputs = outputs
+        self.towers_met = plan.pool.has_met
+        self._leaves = leaves
+        self._note_written = note_written
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of each tower's shard."""
+        return self._shards.rows
+
+    def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
+        """Give ``outputs`` (tower-major) their place in the user's graph; takes over what the main tower wrote."""
+        plan, shards = self._plan, self._shards
+        left_behind = LeftBehind(self._original, self._replicas, self._leaves)
+        # Rows that are weighted on the way back would be the user's only in part.
+        overwritten = shards.overwritten() if set(weights) == {1.0} else []
+        more = left_behind.columns(len(outputs)) + [(shards.ports[index], parts) for index, parts in overwritten]
+        all_ports = [*ports, *[port for port, _ in more]]
+        local_outputs = [[*own, *[parts[tower] for _, parts in more]] for tower, own in enumerate(outputs)]
+        main_inputs = list(shards.main_inputs)
+        for index, _ in overwritten:  # the bridge keeps hold of what they were
+            main_inputs[index] = writable(main_inputs[index])
+        inputs = self._inputs(main_inputs, len(outputs))
+        family = Family(plan, weights, shards.aliases(), Streams(plan.pool.devices), plan.held.synchronize)
+        values = connect_outputs(family, inputs, all_ports, local_outputs)
+        begin, end = len(ports), len(all_ports) - len(overwritten)
+        for (index, _), value in zip(overwritten, values[end:], strict=True):
+            _overwrite(shards.main_inputs[index], value)
+        self._note_written(left_behind.put(values[begin:end]))
+        return values[:begin]
+
+    def connect_each(self) -> list[Any]:
+        """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""
+        tensors = [[each for each in tensors_within(out, sys.maxsize) if each.requires_grad] for out in self.outputs]
+        ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
+        columns = [[each if other is own else None for own in tensors for each in own] for other in tensors]
+        values = iter(self.connect([1.0] * len(tensors), ports, columns))
+        connected = []
+        for output, own in zip(self.outputs, tensors, strict=True):
+            translate = Translation(deep=True)
+            for tensor in own:
+                translate.add(tensor, next(values))
+            connected.append(translate(output))
+        return connected
+
+    def _inputs(self, main_inputs: list[Tensor], num_towers: int) -> Inputs:
+        """What goes into the bridge: parameters, tensors with a graph that attributes held, and the batch."""
+        linked, link_leaves, replaced = self._links(num_towers)
+        leaves = [
+            [*replica.leaves, *links, *own]
+            for replica, links, own in zip(self._replicas, link_leaves, self._leaves, strict=False)
+        ]
+        parameters = self._original.parameters
+        ports = self._plan.ports
+        if linked or main_inputs:
+            linked_ports = [Port("shared", tensor.device) for tensor in linked]
+            ports = Ports([*ports.all, *linked_ports, *self._shards.ports])
+        return Inputs(
+            ports,
+            [*parameters, *linked, *main_inputs],
+            leaves,
+            list(map(requires_grad, leaves)),
+            frozenset(len(parameters) + index for index in replaced),
+        )
+
+    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]], list[int]]:
+        """The tensors with a graph that attributes held, their leaves, tower-major, and which have been replaced."""
+        rows = [replica.links() for replica in self._replicas[:num_towers]]
+        if not rows[0]:  # nearly always
+            return [], [[]] * num_towers, []
+        sources = [link.source() for link in rows[0]]
+        alive = [index for index, source in enumerate(sources) if source is not None]
+        linked = [source for source in sources if source is not None]
+        there = self._replicas[0].tensors_where_links_are()
+        replaced = [new for new, old in enumerate(alive) if id(rows[0][old].twin) not in there]
+        return linked, [[links[index].leaf for index in alive] for links in rows], replaced
+
+
+def _overwrite(tensor: Tensor, value: Grad) -> None:
+    """Let the caller's tensor be in the graph where the towers wrote into it, as in the plain module."""
+    assert value is not None
+    autograd: Any = torch.autograd
+    with torch.enable_grad(), autograd._unsafe_preserve_version_counter(tensor):  # the write has been counted already
+        tensor.copy_(value)
