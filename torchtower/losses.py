@@ -1,4 +1,4 @@
-"""What a loss function returns in each tower: refused before it is averaged if it is not what was meant."""
+"""What a loss function returns in each tower: refused if it is not what was meant, else averaged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from torchtower.averaging import normalized_weights
+from torchtower.batch_norm import silenced
+from torchtower.forward_result import ForwardResult
 from torchtower.graphs import leaves_of
+from torchtower.ports import Port
 
 
 def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
@@ -54,6 +59,26 @@ def check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
                 "TowerParallel.tower_loss: expected loss_fn to return a weight in every tower or in none, but towers 0 "
                 f"and {tower} differ"
             )
+
+
+def mean_over_towers(result: ForwardResult, pairs: list[tuple[Tensor, Any]], device: torch.device) -> Tensor:
+    """The towers' losses averaged, in the user's graph: by their weights, or by rows where they have none.
+
+    Args:
+        result: of the forward.
+        pairs: each tower's loss and weight.
+        device: where the mean goes.
+    """
+    rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
+    raw = [row if weight is None else weight for row, (_, weight) in zip(rows, pairs, strict=True)]
+    weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
+    losses = [loss for loss, _ in pairs]
+    if 0 in weights and result.towers_met:
+        losses = [loss if weight else silenced(loss) for loss, weight in zip(losses, weights, strict=True)]
+        weights = [weight or max(weights) for weight in weights]
+    (mean,) = result.connect(weights, [Port("shared", device)], [[loss] for loss in losses])
+    assert mean is not None
+    return mean
 
 
 def warn_of_backward() -> None:

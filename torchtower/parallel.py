@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
-from torchtower.batch_norm import silenced, warn_of_process_norms
+from torchtower.batch_norm import warn_of_process_norms
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.forward_result import ForwardResult
 from torchtower.gather import Column, check_rows_fit, gather_structure
 from torchtower.held import HeldGradients
-from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight, warn_of_backward
+from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight, mean_over_towers, warn_of_backward
 from torchtower.nested import map_tensors
 from torchtower.ports import Port
 from torchtower.reduction import Grad
@@ -294,17 +294,8 @@ class TowerParallel(Steps[Module]):
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
             check_alike(pairs)
             check_leads_to_replicas(loss_fn, pairs[0][0], self.module, towers.main_leaves, self._checked)
-            rows = [float(count) for count in result.rows] if len(pairs) > 1 else [1.0]
-            raw = [row if weight is None else weight for row, (_, weight) in zip(rows, pairs, strict=True)]
-            weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
-            ports = [Port("shared", self.devices[0])]
-            losses = [loss for loss, _ in pairs]
-            if 0 in weights and result.towers_met:
-                losses = [loss if weight else silenced(loss) for loss, weight in zip(losses, weights, strict=True)]
-                weights = [weight or max(weights) for weight in weights]
-            (mean,) = result.connect(weights, ports, [[loss] for loss in losses])
+            mean = mean_over_towers(result, pairs, self.devices[0])
         self.tower_losses = [loss.detach() for loss, _ in pairs]
-        assert mean is not None
         return mean
 
     @untraced
