@@ -160,7 +160,8 @@ def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
             found[id(part)] = part
         elif type(part) not in ATOMS and id(part) not in seen:
             seen.add(id(part))
-            pending.extend(parts_of(part, deep=True) or ())
+            if not leads_nowhere(part):
+                pending.extend(parts_of(part, deep=True) or ())
     return list(found.values())
 
 
