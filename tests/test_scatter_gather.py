@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import types
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
@@ -247,6 +248,9 @@ class OfSlots:
         (lambda t: (part for part in (t, t)), "generator"),
         (lambda t: map(torch.relu, [t]), "map"),
         (lambda t: {"a": t}.values(), "dict_values"),
+        (lambda t: {"a": t}.items(), "dict_items"),
+        (lambda t: functools.partial(max, t), "partial"),
+        (lambda t: Named(t).__iter__, "method"),
         (lambda t: lambda: t, "function"),
         (lambda t: {t}, "set"),
         (lambda t: Named(t), "Named"),

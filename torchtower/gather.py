@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from io import IOBase
-from itertools import islice
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from torchtower.nested import children_of, names_of, rebuild
-from torchtower.parts import cell_content, slots_of
+from torchtower.parts import tensors_within
 from torchtower.scatter import size_along
+
+_VIEWS = (ItemsView, ValuesView)  # of a dict
+_MOST_SHOWN = 200  # characters of a value, in an error
 
 
 class Column(NamedTuple):
@@ -158,38 +158,10 @@ def _check_same_everywhere(outputs: Sequence[Any], path: str) -> None:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether an object leads to a tensor: by attributes, containers or what a function closes over."""
+    """Whether an object leads to a tensor."""
     if isinstance(value, Iterator) and not isinstance(value, IOBase):  # what it will yield, nobody knows
         return True
-    seen: set[int] = set()
-    pending = [value]
-    while pending and len(seen) < _MANY:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            return True
-        if id(value) in seen or isinstance(value, (*_PLAIN, nn.Module, type, ModuleType)):
-            continue
-        seen.add(id(value))
-        pending.extend(_held_by(value))
-    return False
-
-
-# Neither these nor the parts of a larger container than this are looked into for tensors.
-_PLAIN = (int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
-_LARGE = 64
-_MANY = 1024  # objects, after which the search is given up
-_MOST_SHOWN = 200  # characters of a value, in an error
-
-
-def _held_by(value: Any) -> list[Any]:
-    if isinstance(value, (Mapping, ValuesView)):
-        return list(islice(value.values() if isinstance(value, Mapping) else value, _LARGE))
-    if isinstance(value, (tuple, list, set, frozenset, deque)):
-        return list(islice(value, _LARGE))
-    parts = [getattr(value, name) for name in slots_of(value)]
-    parts.extend(getattr(value, "__dict__", {}).values())
-    parts.extend(cell_content(cell) for cell in getattr(value, "__closure__", None) or ())
-    return parts
+    return bool(tensors_within([*value] if isinstance(value, _VIEWS) else value))
 
 
 def _equal(first: Any, other: Any) -> bool:
