@@ -42,7 +42,7 @@ def exchange(value: Any) -> list[Any]:
     """
     round_: Round | None = getattr(_local, "round", None)
     if round_ is None:
-        raise RuntimeError("exchange: expected to be called in a tower, but this is no tower's thread")
+        raise RuntimeError("tower_sum: expected to be called in a tower, but this is no tower's thread")
     return round_.exchange(value)
 
 
@@ -178,7 +178,7 @@ class Round:
         unanswered = [arrival for arrival in waiting if arrival.answer is None]
         answer: Any = None
         if self._interrupt is not None:
-            answer = DesertedError("exchange: interrupted")
+            answer = DesertedError("tower_sum: interrupted")
         elif len(unanswered) == len(self._inboxes) - num_finished:
             answer = [arrival.value for arrival in unanswered]
             if num_finished:
