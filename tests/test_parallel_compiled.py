@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, steps_follow, twins, wrap
+from torchtower import TowerParallel
 
 # ---- torch.compile
 
@@ -107,6 +112,96 @@ def test_torch_compile_of_a_step_around_the_wrapper_works(counting_backend: Any)
     loss_of(wrapped, batch(5)).backward()
     plain(batch(5) * 2).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+class Body(nn.Module):  # torch compiles no nn.Sequential called as such
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class SlowCompiler:
+    """Counts graphs, and takes long enough over each for all towers to have come by then."""
+
+    def __init__(self) -> None:
+        self.num_forwards = self.num_backwards = 0
+
+    def compile_forward(self, graph: Any, inputs: Any) -> Any:
+        self.num_forwards += 1
+        time.sleep(0.05)
+        return make_boxed_func(graph.forward)
+
+    def compile_backward(self, graph: Any, inputs: Any) -> Any:
+        self.num_backwards += 1
+        time.sleep(0.05)
+        return make_boxed_func(graph.forward)
+
+    def of(self, function: Any) -> Any:
+        backend = aot_autograd(fw_compiler=self.compile_forward, bw_compiler=self.compile_backward)
+        return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def go_through_epochs(model: nn.Module) -> None:
+    """The last batch is shorter, evaluation needs no gradients; twice."""
+    for epoch in range(2):
+        for rows, is_training in ((16, True), (16, True), (12, True), (16, False), (12, False)):
+            model.train(is_training)
+            with torch.set_grad_enabled(is_training):
+                out = model(batch(rows, seed=epoch))
+            if is_training:
+                out.square().sum().backward()
+
+
+def test_what_a_new_size_or_state_needs_is_compiled_once_for_all_towers() -> None:
+    compilers = []
+    for num_towers in (1, 4):
+        torch._dynamo.reset()
+        compilers.append(SlowCompiler())
+        model = TowerParallel(compilers[-1].of(Body().double()), ["cpu"] * num_towers, max_concurrency=num_towers)
+        go_through_epochs(model)
+    plain, towers = compilers
+    assert plain.num_forwards > 2
+    assert (towers.num_forwards, towers.num_backwards) == (plain.num_forwards, plain.num_backwards)
+
+
+def test_once_graphs_serve_all_sizes_towers_run_at_once() -> None:
+    torch._dynamo.reset()
+    meet = threading.Barrier(2, timeout=10)
+    meets = False
+
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.compile(Body(), backend="eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            if meets:
+                meet.wait()
+            return self.body(x)
+
+    model = TowerParallel(Meeting().double(), ["cpu"] * 2, max_concurrency=2)
+    for rows in (8, 6, 10, 12):
+        model(batch(rows))
+    meets = True
+    for rows in (8, 14, 18):  # the last two are new
+        model(batch(rows))
+
+
+def test_a_compiled_loss_function_is_compiled_once_for_all_towers() -> None:
+    compiler = SlowCompiler()
+    torch._dynamo.reset()
+
+    @compiler.of
+    def loss_fn(replica: nn.Module, x: Tensor) -> Tensor:
+        return replica(x).square().mean()
+
+    model = TowerParallel(Body().double(), ["cpu"] * 4, max_concurrency=4)
+    for seed in range(2):
+        model.tower_loss(loss_fn, batch(8, seed=seed)).backward()
+    assert (compiler.num_forwards, compiler.num_backwards) == (1, 1)
 
 
 # ---- TorchScript

@@ -210,7 +210,7 @@ class Bridge:
             jobs = [
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
-        local = plan.pool.run(jobs, weights=family.weights)
+        local = plan.pool.run(jobs, in_turn=family.in_turn, weights=family.weights)
         self._check_left_out()
         if collection is not None:
             collected = collection.finish(local, parameters)
@@ -278,8 +278,9 @@ class Bridge:
             [[*a, *requires_grad(b)] for a, b in zip(first.requires_grad, new_leaves, strict=True)],
             first.replaced,
         )
-        local = self._family.plan.pool.run(jobs, weights=self._family.weights)
-        return connect_outputs(self._family, second, first.ports.all, local)
+        family = self._family
+        local = family.plan.pool.run(jobs, in_turn=family.in_turn, weights=family.weights)
+        return connect_outputs(family, second, first.ports.all, local)
 
     def _alive(self) -> list[list[Root | None]]:
         if self._roots is None:

@@ -45,6 +45,7 @@ class Family:
         aliases: what the local graphs may have saved of the batch.
         streams: of the forward, on which its backwards work too.
         synchronize: whether a backward reduces gradients, or has them kept back.
+        in_turn: whether the towers took turns, and do so in backwards.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Family:
     aliases: Aliases
     streams: Streams
     synchronize: bool
+    in_turn: bool
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
     bridges: list[weakref.ref[Any]] = field(default_factory=list)

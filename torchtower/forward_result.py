@@ -57,6 +57,7 @@ class ForwardResult:
         self._shards = shards
         self.outputs = outputs
         self.towers_met = plan.pool.has_met
+        self._in_turn = plan.pool.took_turns
         self._leaves = leaves
         self._note_written = note_written
 
@@ -78,7 +79,8 @@ class ForwardResult:
         for index, _ in overwritten:  # the bridge keeps hold of what they were
             main_inputs[index] = writable(main_inputs[index])
         inputs = self._inputs(main_inputs, len(outputs))
-        family = Family(plan, weights, shards.aliases(), Streams(plan.pool.devices), plan.held.synchronize)
+        streams = Streams(plan.pool.devices)
+        family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn)
         values = connect_outputs(family, inputs, all_ports, local_outputs)
         begin, end = len(ports), len(all_ports) - len(overwritten)
         for (index, _), value in zip(overwritten, values[end:], strict=True):

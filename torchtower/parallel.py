@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import warn_of_process_norms
+from torchtower.compiled import is_compiled_function
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.forward_result import ForwardResult
 from torchtower.gather import Column, check_rows_fit, gather_structure
@@ -288,7 +289,7 @@ class TowerParallel(Steps[Module]):
 
         with self._lock:
             towers = self._running()
-            result = towers.run(call, shards)
+            result = towers.run(call, shards, loss_fn)
             if towers.went_backward:
                 warn_of_backward()
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
@@ -301,7 +302,7 @@ class TowerParallel(Steps[Module]):
     @untraced
     def _tower_loss_untraced(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:
         loss = self._tower_loss_on_towers(loss_fn, batch, kwargs)
-        if getattr(loss_fn, "_torchdynamo_orig_callable", None) is None:
+        if not is_compiled_function(loss_fn):
             self._warn_of_compiler()
         return loss
 

@@ -82,7 +82,7 @@ class Shards:
         self.rows = rows
         self._batches = batches
         self._dim = dim
-        self._tensors = tensors
+        self.tensors = tensors
         self.main_inputs: list[Tensor] = []
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
@@ -91,7 +91,7 @@ class Shards:
         self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
         self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what needs gradients, by its port
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             if id(tensor) not in self._parts:
                 parts = parts_of(tensor)
                 self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
@@ -148,7 +148,7 @@ class Shards:
         dim = self._dim
         if dim is None:
             return ""
-        tensors = {id(tensor): tensor for tensor in self._tensors}
+        tensors = {id(tensor): tensor for tensor in self.tensors}
         told = [
             f"{tuple(tensor.shape)} into {[part.shape[dim] for part in parts]}"
             for key, tensor in tensors.items()
@@ -183,14 +183,14 @@ class Shards:
         for key, rows, moved in self._moved:
             if key in self._aliased and moved._version:
                 rows.copy_(moved, non_blocking=True)
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             parts = self._parts[id(tensor)] or ()
             if any([not part.is_inference() and part._version for part in parts]) and not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
 
     def aliases(self) -> Aliases:
         """What the towers' graphs may have saved of the batch itself, as it is now."""
-        split = [tensor for tensor in self._tensors if id(tensor) in self._aliased and not tensor.is_inference()]
+        split = [tensor for tensor in self.tensors if id(tensor) in self._aliased and not tensor.is_inference()]
         return Aliases([(tensor.detach(), parts) for tensor in split if (parts := self._parts[id(tensor)]) is not None])
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.collect import cut_buckets
+from torchtower.compiled import Compilation
 from torchtower.devices import move
 from torchtower.family import Plan
 from torchtower.forward_result import ForwardResult
@@ -27,7 +28,7 @@ from torchtower.ports import Port, Ports
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
 from torchtower.rounds import add_note
-from torchtower.scripted import is_optimized, is_training
+from torchtower.scripted import is_training
 from torchtower.shards import Shards
 from torchtower.workers import TowerPool
 
@@ -68,8 +69,8 @@ class Towers:
         self._plan_parameters()
         self._is_following = False
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
-        self.is_compiled = _is_compiled(self._original.modules)
-        self._in_turn = self.is_compiled  # T towers that meet a compiled module at once would compile it T times
+        self._compilation = Compilation(devices)
+        self._compilation.look_at(self._original.modules, is_all=True)
         self.went_backward = False  # whether a tower of the last call did, beside what the bridge runs
 
     @property
@@ -87,8 +88,19 @@ class Towers:
         tower = self.pool.tower_here()
         return None if tower is None else self._replicas[tower].module
 
-    def run(self, call: Call, shards: Shards) -> ForwardResult:
-        """Run ``call`` on every shard, each in its tower's thread, and take over what the main tower wrote."""
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``torch.compile`` has been told of the module, or of a part of it."""
+        return self._compilation.is_there
+
+    def run(self, call: Call, shards: Shards, function: Callable[..., Any] | None = None) -> ForwardResult:
+        """Run ``call`` on every shard, each in its tower's thread, and take over what the main tower wrote.
+
+        Args:
+            call: of a replica on a shard.
+            shards: of the batch.
+            function: of the user's, which ``call`` calls with the replica.
+        """
         self.pool.share_out_cores()
         self._follow()
         taken: list[list[Tensor]] = [[] for _ in shards.rows]
@@ -105,7 +117,8 @@ class Towers:
 
         self._original.outside.remember()
         try:
-            outputs = self._run_jobs([job_of(t) for t in range(len(taken))])
+            with self._compilation.watch(self.module, function, shards.tensors) as in_turn:
+                outputs = self._run_jobs([job_of(t) for t in range(len(taken))], in_turn)
         except BaseException as error:
             self._written_to += keep_what_was_assigned(self._replicas[0])  # a hook that stops the forward, say
             if isinstance(error, Exception) and (told := shards.told()):
@@ -118,7 +131,7 @@ class Towers:
         written_to = self._written_to.extend
         return ForwardResult(self._plan, self._original, self._replicas, shards, outputs, taken, written_to)
 
-    def _run_jobs(self, jobs: list[Callable[[], Any]]) -> list[Any]:
+    def _run_jobs(self, jobs: list[Callable[[], Any]], in_turn: bool) -> list[Any]:
         if self._take_gradients() and not self.pool.was_broken_into:
             raise RuntimeError(
                 "TowerParallel: expected gradients to reach the parameters through outputs, attributes or what hooks "
@@ -126,13 +139,12 @@ class Towers:
                 "elsewhere (in a class attribute, say), and its gradients are lost; return that tensor"
             )
         try:
-            outputs = self.pool.run(jobs, in_turn=self._in_turn)
+            outputs = self.pool.run(jobs, in_turn=in_turn)
         finally:
             inner_gradients = self._take_gradients()
             self.went_backward = bool(inner_gradients)
             self._take_over_flags()
             self._take_over_data()
-        self._in_turn = False
         if inner_gradients:
             self._accumulate_inner_gradients(inner_gradients)
         return outputs
@@ -196,13 +208,12 @@ class Towers:
         if changes != []:
             self._original.check_device()
         if changes is None:
-            self.is_compiled = self._in_turn = _is_compiled(self._original.modules)
+            self._compilation.look_at(self._original.modules, is_all=True)
             self._plan_parameters()
             for replica in self._replicas:
                 replica.rebuild()
         else:
-            if not self.is_compiled and _is_compiled(changes):
-                self.is_compiled = self._in_turn = True
+            self._compilation.look_at(changes, is_all=False)
             changes.extend(self._written_to)
             for replica in self._replicas:
                 replica.follow(changes)
@@ -239,12 +250,3 @@ class Towers:
 def _note_backward(reference: weakref.ref[Towers]) -> None:
     if (towers := reference()) is not None:
         towers._on_backward()
-
-
-def _is_compiled(modules: Sequence[nn.Module]) -> bool:
-    return any(
-        module._compiled_call_impl is not None  # module.compile()
-        or is_optimized(module)  # torch.compile(module)
-        or hasattr(module.forward, "_torchdynamo_orig_callable")  # torch.compile(module.forward)
-        for module in modules
-    )

@@ -53,6 +53,7 @@ class TowerPool:
         self._intra_op_threads = 0
         self._last_round_s = 0.0
         self.has_met = False  # whether the towers of the last round exchanged anything
+        self.took_turns = False  # whether these worked one after the other
         self.was_broken_into = False  # whether the last round was, which may have left anything behind
         self._closed = False
         self._running = False
@@ -117,7 +118,7 @@ class TowerPool:
             interrupt = without_parametrization_cache(run)
         finally:
             self._running = False
-        self.has_met = round_.has_met
+        self.has_met, self.took_turns = round_.has_met, in_turn
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
         self.was_broken_into = bool(round_.broken_into)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -211,3 +212,27 @@ print(len(model.devices), torch.allclose(model.module.weight.grad.cpu(), plain.w
 """
     done = run_python(program)
     assert done.stdout == "4 True\n", done.stderr
+
+
+def test_a_compiled_module_has_as_many_graphs_for_each_device_as_for_one() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    plain, wrapped = twins(Net(), [0, 1])
+    wrapped.module = torch.compile(wrapped.module, backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for count in (8, 8, 6, 10):
+            assert_same_values(wrapped(rows(count)), plain(rows(count)))
+    assert len(graphs) == 4

@@ -1,0 +1,120 @@
+"""Modules that `torch.compile` has compiled: what is compiled once serves all towers.
+
+Note [Towers and the compiler]
+Towers run the same code, and find what one of them has had compiled. But torch looks for that before it waits for
+whoever compiles: T towers that meet something new at once compile it T times, and take T of the few places that torch
+has for each function (`torch._dynamo.config.recompile_limit`), after which it compiles no more. So they take turns in a
+call that may meet something new, and in its backward, which is compiled when it first runs. That is a call of inputs or
+under a state not seen yet: each may have a graph of its own. Once new sizes bring no new graph, these serve all sizes,
+and such calls run at once. A graph is of one device: there are as many places for each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtower.scripted import is_optimized, is_training
+
+Function = Callable[..., Any]
+
+
+class Compilation:
+    """What one wrapper's towers have had compiled, as far as one can tell from outside.
+
+    Args:
+        devices: the towers'.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = set(devices)
+        self.is_there = False  # whether the module, or a part of it, is compiled
+        self._known: dict[Any, set[Any]] = {}  # by the state in which calls have run, their inputs
+        self._is_by_size = True  # whether new sizes may bring new graphs
+
+    def look_at(self, modules: Iterable[nn.Module], *, is_all: bool) -> None:
+        """See whether some are compiled.
+
+        Args:
+            modules: which have changed.
+            is_all: they are all that there are, and what was compiled for them may be of no use any more.
+        """
+        if is_all or not self.is_there:
+            self.is_there = any(map(_is_compiled, modules))
+            self._known.clear()
+
+    def watch(
+        self, module: nn.Module, function: Function | None, inputs: Iterable[Tensor]
+    ) -> AbstractContextManager[bool]:
+        """What one call of the towers runs within, which tells whether they take turns.
+
+        Args:
+            module: which is called.
+            function: of the user's, if such a one calls the module.
+            inputs: on which.
+        """
+        is_function = is_compiled_function(function)
+        if not (self.is_there or is_function):  # nearly always
+            return nullcontext(False)
+        kinds = sorted({"cpu", *[device.type for device in self._devices]})
+        autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        grad_modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        state = (id(function) if is_function else None, is_training(module), *grad_modes, *autocast)
+        call = tuple([(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad) for tensor in inputs])
+        known = self._known.get(state)
+        is_new = known is None or call not in known
+        in_turn = known is None or (is_new and self._is_by_size)
+        return _Watching(in_turn, len(self._devices), functools.partial(self._learn, state, call) if is_new else None)
+
+    def _learn(self, state: Any, call: Any, has_compiled: bool) -> None:
+        self._is_by_size = has_compiled
+        self._known.setdefault(state, set()).update([call] if has_compiled else [])
+
+
+class _Watching:
+    """Within this a call runs that may compile."""
+
+    # No generator's context manager, which would write to an error that passes.
+    def __init__(self, in_turn: bool, num_devices: int, learn: Callable[[bool], None] | None) -> None:
+        self._in_turn = in_turn
+        self._room = _room_for(num_devices)
+        self._learn = learn
+
+    def __enter__(self) -> bool:
+        self._num_graphs = _num_graphs()
+        self._room.__enter__()
+        return self._in_turn
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._room.__exit__(kind, *rest)
+        if kind is None and self._learn is not None:
+            self._learn(_num_graphs() != self._num_graphs)
+
+
+def is_compiled_function(function: Function | None) -> bool:
+    """Whether this is what ``torch.compile`` returns of a function."""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    is_called_compiled = module._compiled_call_impl is not None  # module.compile()
+    return is_called_compiled or is_optimized(module) or is_compiled_function(module.forward)
+
+
+def _num_graphs() -> int:
+    dynamo: Any = torch._dynamo
+    count: int = dynamo.utils.counters["stats"]["unique_graphs"]
+    return count
+
+
+def _room_for(num_devices: int) -> Any:
+    """Let a function have as many graphs for each device as torch lets it have for one."""
+    if num_devices == 1:
+        return nullcontext()
+    config: Any = torch._dynamo.config
+    return config.patch(recompile_limit=config.recompile_limit * num_devices)
