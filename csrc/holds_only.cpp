@@ -12,13 +12,29 @@ class Types {
   bool has_type_of(PyObject* object) {
     PyTypeObject* const type = Py_TYPE(object);
     if (type == last_) return true;
+    if (PyTuple_CheckExact(object)) return has_members_of(object);
     if (PySet_Contains(types_, reinterpret_cast<PyObject*>(type)) != 1) return false;
     last_ = type;
     return true;
   }
 
  private:
+  bool has_members_of(PyObject* tuple) {
+    // Tuples may be nested deeper than the stack is.
+    if (depth_ == kDeepest) return false;
+    ++depth_;
+    bool all = true;
+    for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(tuple); ++i) {
+      all = has_type_of(PyTuple_GET_ITEM(tuple, i));
+    }
+    --depth_;
+    return all;
+  }
+
+  static constexpr int kDeepest = 8;
+
   PyObject* types_;
+  int depth_ = 0;
   PyTypeObject* last_ = nullptr;
 };
 

@@ -16,6 +16,10 @@ class Number(int):
     """Of a type of its own."""
 
 
+class Pair(tuple[int, int]):
+    """Likewise."""
+
+
 PLAIN: list[Any] = [
     [],
     [1, "a", None],
@@ -26,19 +30,25 @@ PLAIN: list[Any] = [
     {"a": 1, 2: "b"},
     OrderedDict(a=1),
     Counter("aab"),
+    [(1, "a"), ((2,), ())],
+    {(1, 2): ("a", None)},
     {},
 ]
 OTHERS: list[Any] = [
     [1, 2.0],
     [1, Number(1)],
     [1, 2, [3]],
-    ((),),
+    ([],),
+    [(1, 2.0)],
+    [(1, [2])],
+    [(1, (2, (object(),)))],
+    [Pair((1, 2))],
     {1, 2.5},
     deque([object()]),
     {"a": 1.0},
     {1.5: 1},
     {"a": 1, "b": {}},
-    OrderedDict(a=()),
+    OrderedDict(a=[]),
 ]
 
 
@@ -63,3 +73,10 @@ def test_the_last_of_many_is_looked_at() -> None:
 def test_what_is_no_container_is_refused() -> None:
     with pytest.raises(TypeError, match="holds_only: expected a container"):
         holds_only(1, TYPES)
+
+
+def test_tuples_nested_deeper_than_the_stack_are_given_up() -> None:
+    nested: Any = 1
+    for _ in range(100_000):
+        nested = (nested,)
+    assert not holds_only([nested], TYPES)

@@ -166,7 +166,7 @@ def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
 
 
 def leads_nowhere(value: Any) -> bool:
-    """Whether a container holds nothing but numbers, strings and the like."""
+    """Whether a container holds nothing but numbers, strings and the like, and tuples of these."""
     return type(value) in _LISTED and holds_only(value, ATOMS)
 
 
