@@ -268,3 +268,56 @@ if __name__ == "__main__":
     assert [w.exitcode for w in workers] == [0, 0]
     assert float(model(torch.ones(4, 3)).sum()) == expected
 """, 60)  # fmt: skip
+
+
+def test_long_rounds_in_data_loader_workers_wait_for_no_thread_of_the_parents() -> None:
+    passes("""
+from torch.utils.data import DataLoader
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.01)
+        return super().forward(x)
+
+class Features(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return model(torch.full((4, 3), float(index)))
+
+model = towers(Slow(3, 2))
+torch.set_num_threads(2)
+torch.rand(1 << 22).add_(1)  # on two threads of OpenMP
+assert sum(len(batch) for batch in DataLoader(Features(), batch_size=1, num_workers=2, timeout=20)) == 4
+""", 60)  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("held", ["torchtower.tower_random._install_lock", "torchtower.forward_mode._turn"])
+def test_a_child_forked_while_another_thread_holds_a_lock_of_the_towers_has_it_free(held: str) -> None:
+    passes(f"""
+import os
+import torchtower.tower_random, torchtower.forward_mode
+
+holds, may_go = threading.Event(), threading.Event()
+def hold():
+    with {held}:
+        holds.set()
+        may_go.wait(0.2)
+holder = threading.Thread(target=hold)
+holder.start()
+holds.wait()
+others = [threading.Thread(target=may_go.wait, args=(0.2,)) for _ in range(4)]  # whose names a child's towers may get
+for other in others:
+    other.start()
+child = os.fork()
+if child == 0:
+    class Curved(nn.Linear):
+        def forward(self, x):
+            return torch.func.jvp(super().forward, (x,), (x,))[1]
+    towers(Curved(3, 2))(torch.ones(4, 3)).sum().backward()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+holder.join()
+""", 60)  # fmt: skip

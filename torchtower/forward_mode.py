@@ -8,6 +8,7 @@ other's level for their own. So a tower that enters waits until no other is with
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -86,3 +87,13 @@ def _give_turn() -> None:
 def _is_in_tower() -> bool:
     # A compiler that traces this has a thread of its own making, and knows these functions for torch's.
     return not torch.compiler.is_compiling() and current_tower() is not None
+
+
+def _renew_turn() -> None:
+    # In a forked child: the tower that had it does not exist here.
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_turn)

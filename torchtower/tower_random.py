@@ -17,6 +17,7 @@ tower's state while they run, and it is theirs alone meanwhile.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,7 +30,7 @@ from torchtower.generators import Generator, TowerGenerators, default_generator,
 
 Result = TypeVar("Result")
 _KEY_NAME = "TESTING_ONLY_GenericMode"
-_install_lock = threading.Lock()
+_install_lock = threading.RLock()
 _locks: dict[torch.device, threading.Lock] = {}  # of the default generators
 _local = threading.local()
 _libraries: list[Any] = []
@@ -257,3 +258,16 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     return device
+
+
+def _release_all() -> None:
+    # In a forked child: the threads that held a device's generator do not exist here.
+    _install_lock.release()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # A child that is forked in the middle of the installation would have half of it.
+    os.register_at_fork(
+        before=_install_lock.acquire, after_in_parent=_install_lock.release, after_in_child=_release_all
+    )

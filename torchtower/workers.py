@@ -273,6 +273,8 @@ def _available_cores() -> int:
 
 
 def _forget_all() -> None:
+    global _pause
+    _pause = None  # it would wait for the team that the forking thread had, whose other threads do not exist here
     for pool in list(_pools):
         pool.forget()
 
