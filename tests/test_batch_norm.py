@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from tests.helpers import (
     EVERY_COUNT,
@@ -352,3 +354,74 @@ def test_a_subclass_whose_forward_the_conversion_loses_is_told_of(recwarn: pytes
     assert not recwarn
     with pytest.warns(UserWarning, match="the forward of Activated is lost"):
         convert_sync_batchnorm(nn.Sequential(Renamed(3), Activated(3)))
+
+
+class Squared(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.square()
+
+
+def pruned(norm: nn.Module) -> None:
+    prune.l1_unstructured(norm, "weight", 1)
+
+
+def parametrized(norm: nn.Module) -> None:
+    parametrize.register_parametrization(norm, "weight", Squared())
+
+
+def hooked(norm: nn.Module) -> None:
+    norm.register_forward_hook(lambda module, args, out: out * module.factor)
+    norm.factor = 3.0
+
+
+def buffered(norm: nn.Module) -> None:
+    norm.register_buffer("scratch", torch.ones(3), persistent=False)
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("change", [pruned, parametrized, hooked, buffered])
+def test_conversion_keeps_what_else_a_batch_norm_holds(change: Any, style: str) -> None:
+    def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+        return net(x).pow(3).mean()
+
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3)).double()
+    nn.init.normal_(net[1].weight)
+    inner = copy.deepcopy(net)
+    for each in (net, inner):
+        change(each[1])
+    wrapped = wrap(convert_sync_batchnorm(inner), 2)
+    assert wrapped.module.state_dict().keys() == net.state_dict().keys()
+    for _ in range(2):
+        net.zero_grad()
+        wrapped.zero_grad()
+        loss_of(net, batch(7)).backward()
+        loss = loss_of(wrapped, batch(7)) if style == "drop-in" else wrapped.tower_loss(loss_of, batch(7))
+        loss.backward()
+        assert_same_gradients(wrapped, net)
+
+
+def test_a_handle_from_before_the_conversion_removes_its_hook() -> None:
+    norm = nn.BatchNorm1d(3)
+    handle = norm.register_forward_hook(lambda module, args, out: out * 2)
+    converted = convert_sync_batchnorm(norm)
+    twice = converted(batch(4).float())
+    handle.remove()
+    assert_close(twice, converted(batch(4).float()) * 2)
+
+
+@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm1d).parameters, reason="every batch norm has a bias")
+def test_a_batch_norm_without_a_bias_is_synchronised() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, bias=False)).double()
+    plain, wrapped = copy.deepcopy(net), wrap(convert_sync_batchnorm(net), 2)
+    assert_close(wrapped(batch(7)), plain(batch(7)))
+
+
+def test_statistics_are_tracked_or_not_as_the_module_says_now() -> None:
+    plain = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), 2)
+    for tracks in (True, False, True):
+        for inner in (plain, wrapped.module):
+            inner[1].track_running_stats = tracks
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+        assert_close(wrapped.module[1].running_var, plain[1].running_var)
+        assert wrapped.module[1].num_batches_tracked == plain[1].num_batches_tracked

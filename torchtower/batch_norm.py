@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from torchtower.forward_mode import has_turn
 from torchtower.original import is_lazy_module
@@ -147,11 +148,14 @@ class TowerBatchNorm(_BatchNorm):
         self._track(mean.detach(), variance.detach() * (count / (count - 1)))
         normal = centred * _along_channels(torch.rsqrt(variance + self.eps), input)
         if self.weight is not None:
-            normal = normal * _along_channels(self.weight, input) + _along_channels(self.bias, input)
+            normal = normal * _along_channels(self.weight, input)
+        if self.bias is not None:
+            normal = normal + _along_channels(self.bias, input)
         return normal.to(input.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        if not self.training or self.running_mean is None or self.running_var is None:
+        tracks = self.training and self.track_running_stats
+        if not tracks or self.running_mean is None or self.running_var is None:
             return
         with torch.no_grad():
             momentum = self.momentum
@@ -222,10 +226,17 @@ def _converted(module: _BatchNorm) -> nn.Module:
             f"convert_sync_batchnorm: expected every parameter to have a shape, but {type(module).__name__} is lazy; "
             "run one batch through the module first"
         )
-    converted = TowerBatchNorm(
-        module.num_features, module.eps, module.momentum, affine=False, track_running_stats=False
-    )
-    converted.affine, converted.track_running_stats = module.affine, module.track_running_stats
-    converted._parameters.update(module._parameters)
-    converted._buffers.update(module._buffers)
-    return converted.train(module.training)
+    converted = TowerBatchNorm(module.num_features, affine=False, track_running_stats=False)
+    held = {name: value for name, value in module.__dict__.items() if name not in _LEFT_OUT}
+    # Hooks stay in the dicts that their handles know; of parameters, buffers and children each has a list of its own.
+    converted.__dict__.update({**held, **{name: held[name].copy() for name in _OWN}})
+    if parametrize.is_parametrized(module):
+        parametrized: Any = parametrize
+        parametrized._inject_new_class(converted)
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            parametrized._inject_property(converted, name)
+    return converted
+
+
+_OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_LEFT_OUT = ("forward", "_compiled_call_impl", "process_group")  # made for the module that is replaced
