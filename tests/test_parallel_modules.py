@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, rnn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.helpers import (
     EVERY_COUNT,
@@ -380,3 +381,21 @@ def test_a_parameter_subclass_stays_one_in_every_tower() -> None:
     wrapped(batch(4)).sum().backward()
     assert seen == [(Special, "kept")] * 2
     assert_close(wrapped.module.weight.grad, batch(4).sum(0))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_that_is_made_of_other_tensors_is_written_to_by_the_main_tower_alone(num_towers: int) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", TwoTensor(torch.zeros(3), torch.zeros(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return x + self.count.a
+
+    plain, wrapped = twins(Counting(), num_towers)
+    for _ in range(3):
+        assert_close(wrapped(batch(8)), plain(batch(8)))
+    assert_close(wrapped.module.count.a, plain.count.a)
+    assert_close(wrapped.module.count.b, plain.count.b)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchtower.flat import is_wrapper
 from torchtower.original import Original
 from torchtower.remote import RemoteStorage, addresses_of, memory_of
 
@@ -90,5 +91,11 @@ def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
     leaf = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
     if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
         leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
-    leaf.__dict__ = parameter.__dict__  # shared: attributes of tensors may change at any time
+    share_attributes(leaf, parameter)
     return leaf
+
+
+def share_attributes(twin: Tensor, tensor: Tensor) -> None:
+    """Let a twin have a tensor's attributes, which may change at any time; but not those that it is made of."""
+    if not is_wrapper(tensor):
+        twin.__dict__ = tensor.__dict__

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.devices import move
-from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
+from torchtower.flat import BUCKET_BYTES, flatten, is_wrapper, num_bytes, unflatten
 
 # What is larger is worth a copy of its own, and not worth a second copy on either side.
 _SMALL_BYTES = 2**20
@@ -62,6 +62,10 @@ class RemoteStorage:
         storages: dict[int, Tensor] = {}
         self._buckets = []
         for is_trained, bucket in _buckets(parameters):
+            if is_wrapper(bucket[0]):
+                storages[id(bucket[0])] = alone = bucket[0].detach().to(self._device)
+                self._buckets.append(Bucket(alone, bucket, is_trained))
+                continue
             flat = torch.empty(sum(p.numel() for p in bucket), dtype=bucket[0].dtype, device=self._device)
             for parameter, view in zip(bucket, unflatten(flat, bucket), strict=True):
                 # .data: a later refresh must not invalidate the graphs of this bucket's other parameters
@@ -107,7 +111,8 @@ class Bucket:
             return
         self._versions = versions
         with torch.no_grad():
-            self._flat.data.copy_(flatten(self._parameters), non_blocking=True)
+            source = first.detach() if is_wrapper(first) else flatten(self._parameters)
+            self._flat.data.copy_(source, non_blocking=True)
 
     def forget(self) -> None:
         """Let the next `refresh` copy these parameters."""
@@ -118,7 +123,7 @@ def copy_together(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     """Copy tensors to their like on one other device, or on the same; small ones of a dtype travel in one go."""
     groups: dict[torch.dtype, list[int]] = {}
     for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        small = num_bytes(source) <= _SMALL_BYTES
+        small = num_bytes(source) <= _SMALL_BYTES and not is_wrapper(source)
         if small and source.device != target.device and source.layout is torch.strided:
             groups.setdefault(source.dtype, []).append(index)
     arrived = list(sources)
@@ -142,7 +147,8 @@ def _buckets(parameters: Sequence[Tensor]) -> list[tuple[bool, list[Tensor]]]:
     trained = {_storage(parameter) for parameter in parameters if parameter.requires_grad}
     for parameter in parameters:
         is_trained = _storage(parameter) in trained
-        key = (is_trained, parameter.dtype, isinstance(parameter, nn.Parameter))
+        alone = id(parameter) if is_wrapper(parameter) else None
+        key = (is_trained, parameter.dtype, isinstance(parameter, nn.Parameter), alone)
         open_.setdefault(key, []).append(parameter)
         sizes[key] = sizes.get(key, 0) + num_bytes(parameter)
         if sizes[key] >= BUCKET_BYTES:
@@ -152,4 +158,4 @@ def _buckets(parameters: Sequence[Tensor]) -> list[tuple[bool, list[Tensor]]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return id(tensor) if is_wrapper(tensor) else tensor.untyped_storage().data_ptr()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from torchtower.devices import move
 from torchtower.graphs import writable
-from torchtower.leaves import Leaves
+from torchtower.leaves import Leaves, share_attributes
 from torchtower.node import is_connected
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
 from torchtower.places import Place, Written, places_of
@@ -133,7 +133,7 @@ class Replica:
         for buffer, twin in zip(self._sources, self.buffers, strict=True):
             self._to_replica.add(buffer, twin)
             if twin is not buffer:
-                twin.__dict__ = buffer.__dict__  # shared: attributes of tensors may change at any time
+                share_attributes(twin, buffer)
 
     def buffer_dicts(self) -> list[dict[str, Any]]:
         """Each module's registered buffers by name, with what its forward has assigned."""

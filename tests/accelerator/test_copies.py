@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.accelerator.towers import assert_same_values, device, mlp, rows, twins
@@ -418,3 +419,32 @@ def test_a_call_that_fails_while_replicas_are_brought_up_to_date_leaves_none_beh
     except torch.OutOfMemoryError:
         pass
     assert_same_values(wrapped(rows(4)), plain(rows(4)))
+
+
+@pytest.mark.parametrize("layout", [[0, 1], [0, 0], [0, 1, 0]])
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_tensor_that_is_made_of_others_follows_like_any_other(kind: str, layout: list[int]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(3, 2)
+            scale = TwoTensor(torch.ones(3), torch.ones(3))
+            if kind == "parameter":
+                self.scale = nn.Parameter(scale, requires_grad=False)
+            else:
+                self.register_buffer("scale", scale)
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return self.body(x * (self.scale * 1).a)
+
+    plain, wrapped = twins(Scaled(), layout)
+    for _ in range(3):
+        for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+            net.zero_grad()
+            net(rows(6)).square().sum().backward()
+            with torch.no_grad():
+                inner.scale.mul_(1.5)
+        assert_same_values(wrapped.module.body.weight.grad, plain.body.weight.grad)
+        assert_same_values(wrapped.module.count, plain.count)
