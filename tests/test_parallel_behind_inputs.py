@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +221,83 @@ def test_an_input_that_a_checkpoint_finds_by_itself_is_trained(use_reentrant: bo
         net(batch(7, 2), encoder(batch(7))).square().sum().backward()
 
     assert_trains_alike(Decoder(), num_towers, train)
+
+
+@every_count
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_an_input_that_a_checkpoint_alone_reads_is_trained(use_reentrant: bool, num_towers: int) -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return checkpoint(lambda x: self.fc(x).tanh() * memory, self.fc(x), use_reentrant=use_reentrant)
+
+    def train(net: nn.Module, encoder: nn.Sequential) -> None:
+        net(batch(7, 2), encoder(batch(7))).square().sum().backward()
+
+    assert_trains_alike(Decoder(), num_towers, train)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Opaque(nn.Module):
+    """Holds something, which it reads or not, and has a part that may go backward by itself."""
+
+    def __init__(self, part: str, reads: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.part, self.reads = part, reads
+        self.held: Any = None
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.fc(x) * (self.held if self.reads else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.part == "function":
+            return Doubled.apply(self.body(x))
+        out: Tensor = checkpoint(self.body, x, use_reentrant=True)
+        return out
+
+
+@every_count
+@pytest.mark.parametrize("part", ["checkpoint", "function"])
+def test_what_attributes_hold_is_gone_back_to_beside_opaque_parts_if_it_is_read_and_else_not(
+    part: str, num_towers: int
+) -> None:
+    for reads in (False, True):
+        plain, wrapped = twins(Opaque(part, reads), num_towers)
+        scales = [torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        for net, inner, scale in ((plain, plain, scales[0]), (wrapped, wrapped.module, scales[1])):
+            inner.held = loss = scale.exp()
+            for step in range(4):
+                net.zero_grad()
+                loss = net(batch(7, seed=step, requires_grad=True)).square().sum() * loss.detach()
+                loss.backward()
+                inner.held = scale.exp() if reads else loss  # a graph that has been freed
+            assert (scale.grad is not None) == reads
+        assert_same_gradients(wrapped, plain)
+        if reads:
+            assert_close(scales[1].grad, scales[0].grad)
+
+
+def test_graphs_that_each_step_leaves_for_the_next_do_not_pile_up() -> None:
+    _, wrapped = twins(Opaque("checkpoint", reads=False), 2)
+    first = None
+    for step in range(4):
+        out = wrapped(batch(6, seed=step, requires_grad=True))
+        first = first or weakref.ref(out.grad_fn)
+        wrapped.module.held = out.sum()
+    assert first() is None
 
 
 @every_count

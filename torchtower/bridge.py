@@ -73,10 +73,9 @@ def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outpu
     # A module may build a graph although its caller asks for none (``@torch.enable_grad()`` on its forward).
     if not torch.is_grad_enabled() and not any(p is not None and p.grad_fn for i in crossing for p in columns[i]):
         return values
-    for group, reached in _groups(crossing, columns, inputs, len(family.plan.ports.all)):
+    for group, chosen in _groups(crossing, columns, inputs, len(family.plan.ports.all)):
         roots = [[root_of(tower[index]) for index in group] for tower in outputs]
-        left_out = [tower[i] for tower in inputs.leaves for i in inputs.replaced.difference(reached)]
-        bridge = Bridge(family, inputs.chosen(reached), [ports[index] for index in group], roots, left_out)
+        bridge = Bridge(family, chosen, [ports[index] for index in group], roots)
         for index, value in zip(group, bridge.connect([values[index] for index in group]), strict=True):
             values[index] = value
     return values
@@ -84,33 +83,29 @@ def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outpu
 
 def _groups(
     crossing: list[int], columns: Sequence[Sequence[Grad]], inputs: Inputs, num_parameters: int
-) -> Iterable[tuple[list[int], list[int]]]:
+) -> Iterable[tuple[list[int], Inputs]]:
     """Which outputs share a bridge, and which inputs it has.
 
     All do, and it has all, unless the user's graph goes on behind an input: a backward must not walk into what its
-    outputs do not depend on, where it would free what another one needs, or miss what an earlier one has freed.
+    outputs do not depend on, where it would free what another one needs, or miss what an earlier one has freed. Where
+    that cannot be told (a reentrant checkpoint goes backward by itself), the gradient that comes, or not, will tell.
     """
-    count = len(inputs.main)
-    with_graph = [i for i in range(num_parameters, count) if inputs.main[i].grad_fn is not None]
+    with_graph = [i for i in range(num_parameters, len(inputs.main)) if inputs.main[i].grad_fn is not None]
     if not crossing:
         return []
     if not with_graph:  # nearly always
-        return [(crossing, list(range(count)))]
-    if len(crossing) == 1:
-        main = inputs.leaves[0]
-        doubtful = {id(main[i]) for i in inputs.replaced}
-        if leads_to(columns[crossing[0]][0], [main[i] for i in with_graph], doubtful):
-            return [(crossing, list(range(count)))]
-    groups: dict[tuple[int, ...], list[int]] = {}
+        return [(crossing, inputs)]
+    if len(crossing) == 1 and leads_to(columns[crossing[0]][0], [inputs.leaves[0][i] for i in with_graph]):
+        return [(crossing, inputs)]
+    groups: dict[tuple[bool, ...], list[int]] = {}
     for branch in branches([columns[index] for index in crossing]):
-        missing = tuple(
-            i
-            for i in with_graph
-            if branch.leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves)
-            and not (branch.is_opaque and i not in inputs.replaced)
-        )
-        groups.setdefault(missing, []).extend(crossing[index] for index in branch.outputs)
-    return [(group, sorted(set(range(count)) - set(missing))) for missing, group in groups.items()]
+        leads = [not branch.leaves.isdisjoint(id(tower[i]) for tower in inputs.leaves) for i in with_graph]
+        groups.setdefault((branch.is_opaque, *leads), []).extend(crossing[index] for index in branch.outputs)
+    found = []
+    for (is_opaque, *leads), group in groups.items():
+        others = {i for i, is_led_to in zip(with_graph, leads, strict=True) if not is_led_to}
+        found.append((group, inputs.doubting(others) if is_opaque else inputs.without(others)))
+    return found
 
 
 class Bridge:
@@ -121,7 +116,6 @@ class Bridge:
         inputs: what goes in.
         out_ports: of its outputs.
         roots: of the local graphs, where backwards begin, tower-major.
-        left_out: leaves that these are taken not to lead to, see `Inputs`.
     """
 
     def __init__(
@@ -130,13 +124,11 @@ class Bridge:
         inputs: Inputs,
         out_ports: Sequence[Port],
         roots: list[list[Root | None]],
-        left_out: list[Tensor],
     ) -> None:
         self._family = family
         self._inputs = inputs
         self._out_ports = out_ports
         self._roots: list[list[Root | None]] | None = roots
-        self._left_out = left_out
         family.bridges.append(weakref.ref(self))
 
     def connect(self, values: Sequence[Grad]) -> tuple[Tensor, ...]:
@@ -211,7 +203,6 @@ class Bridge:
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
         local = plan.pool.run(jobs, in_turn=family.in_turn, weights=family.weights)
-        self._check_left_out()
         if collection is not None:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
@@ -222,22 +213,6 @@ class Bridge:
             local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
         return join(self._inputs.ports, local, family.weights, in_place=asked.all)
-
-    def _check_left_out(self) -> None:
-        """See that none of these has been given a gradient, which would be lost.
-
-        Raises:
-            RuntimeError: one has.
-        """
-        used = [leaf for leaf in self._left_out if leaf.grad is not None]
-        for leaf in used:
-            leaf.grad = None
-        if used:
-            raise RuntimeError(
-                "TowerParallel: expected what an attribute held, and the forward has replaced, to be given to autograd "
-                "functions as an argument, but one (a reentrant checkpoint, say) went backward to it by itself, and "
-                "that gradient would be lost"
-            )
 
     def _wanted(self, asked: Asked) -> list[list[bool]]:
         """Of which local inputs gradients are wanted, tower-major: those that required them when the forward ran."""
@@ -276,7 +251,7 @@ class Bridge:
             [*first.main, *main_grads],
             [[*a, *b] for a, b in zip(first.leaves, new_leaves, strict=True)],
             [[*a, *requires_grad(b)] for a, b in zip(first.requires_grad, new_leaves, strict=True)],
-            first.replaced,
+            first.linked,
         )
         family = self._family
         local = family.plan.pool.run(jobs, in_turn=family.in_turn, weights=family.weights)

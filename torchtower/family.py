@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtower.held import HeldGradients
+from torchtower.node import if_needed
 from torchtower.ports import Ports
 from torchtower.shards import Aliases
 from torchtower.streams import Streams
@@ -79,24 +80,33 @@ class Inputs(NamedTuple):
         main: the user's tensors, one a port.
         leaves: the towers', tower-major; `NO_LEAF` where a tower has none.
         requires_grad: which of these required gradients when the forward ran.
-        replaced: indices of tensors that attributes held until the forward put others in their place: an autograd
-            function, which may depend on anything, is taken not to depend on these unless the graph says so.
+        linked: indices of the main tensors that attributes held.
     """
 
     ports: Ports
     main: list[Tensor]
     leaves: list[list[Tensor]]
     requires_grad: list[list[bool]]
-    replaced: frozenset[int]
+    linked: frozenset[int]
 
-    def chosen(self, kept: list[int]) -> Inputs:
-        """These of them."""
-        if len(kept) == len(self.main):
+    def without(self, others: set[int]) -> Inputs:
+        """These, but for some."""
+        if not others:
             return self
+
+        kept = [index for index in range(len(self.main)) if index not in others]
 
         def of(several: Sequence[Any]) -> list[Any]:
             return [several[index] for index in kept]
 
         ports = Ports(of(self.ports.all))
-        replaced = frozenset(index for index, old in enumerate(kept) if old in self.replaced)
-        return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)), replaced)
+        linked = frozenset(index for index, old in enumerate(kept) if old in self.linked)
+        return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)), linked)
+
+    def doubting(self, others: set[int]) -> Inputs:
+        """These, of which some are gone on behind only if a gradient comes."""
+
+        def stand_in(index: int) -> Tensor:
+            return if_needed(self.main[index], is_held=index in self.linked)
+
+        return self._replace(main=[stand_in(i) if i in others else tensor for i, tensor in enumerate(self.main)])

@@ -104,7 +104,7 @@ class ForwardResult:
 
     def _inputs(self, main_inputs: list[Tensor], num_towers: int) -> Inputs:
         """What goes into the bridge: parameters, tensors with a graph that attributes held, and the batch."""
-        linked, link_leaves, replaced = self._links(num_towers)
+        linked, link_leaves = self._links(num_towers)
         leaves = [
             [*replica.leaves, *links, *own]
             for replica, links, own in zip(self._replicas, link_leaves, self._leaves, strict=False)
@@ -119,20 +119,18 @@ class ForwardResult:
             [*parameters, *linked, *main_inputs],
             leaves,
             list(map(requires_grad, leaves)),
-            frozenset(len(parameters) + index for index in replaced),
+            frozenset(range(len(parameters), len(parameters) + len(linked))),
         )
 
-    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]], list[int]]:
-        """The tensors with a graph that attributes held, their leaves, tower-major, and which have been replaced."""
+    def _links(self, num_towers: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The tensors with a graph that attributes held, and their leaves, tower-major."""
         rows = [replica.links() for replica in self._replicas[:num_towers]]
         if not rows[0]:  # nearly always
-            return [], [[]] * num_towers, []
+            return [], [[]] * num_towers
         sources = [link.source() for link in rows[0]]
         alive = [index for index, source in enumerate(sources) if source is not None]
         linked = [source for source in sources if source is not None]
-        there = self._replicas[0].tensors_where_links_are()
-        replaced = [new for new, old in enumerate(alive) if id(rows[0][old].twin) not in there]
-        return linked, [[links[index].leaf for index in alive] for links in rows], replaced
+        return linked, [[links[index].leaf for index in alive] for links in rows]
 
 
 def _overwrite(tensor: Tensor, value: Grad) -> None:

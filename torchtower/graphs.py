@@ -67,18 +67,15 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
     return towers
 
 
-def leads_to(output: Grad, leaves: Iterable[Tensor], doubtful: Container[int]) -> bool:
-    """Whether a backward from ``output`` would come to all of these, or may.
+def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
+    """Whether a backward from ``output`` would come to all of these.
 
     Args:
         output: of a tower.
         leaves: of that tower.
-        doubtful: ids of those to which nodes that cannot be looked into are taken not to lead.
     """
     missing = {id(leaf) for leaf in leaves if leaf is not output}
     for node in _walk([output], stops=()):
-        if _is_opaque(node):
-            missing = {leaf for leaf in missing if leaf in doubtful}
         if _is_leaf(node):
             missing.discard(id(node.variable))
         if not missing:

@@ -1,10 +1,11 @@
-"""The node that stands in the user's graph for a bridge, and what the engine asks of its backward.
+"""The nodes that stand in the user's graph for a bridge, and what the engine asks of its backward.
 
 That is gradients of all its inputs, or of some.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from torchtower.hooks import spare_hooks_of_outputs
 from torchtower.reduction import Grad
+
+_autograd: Any = torch._C._autograd
 
 
 def _make_ticket() -> tuple[Tensor, Any]:
@@ -48,6 +51,46 @@ def connect(
     if len(connected) > 1:
         spare_hooks_of_outputs(connected)
     return connected
+
+
+def if_needed(tensor: Tensor, *, is_held: bool) -> Tensor:
+    """Stand for a tensor with a graph of the user's in which a backward goes on only if a gradient comes for it.
+
+    As in the plain module where an autograd function goes backward by itself, ``torch.autograd.grad`` knows of none of
+    that graph.
+
+    Args:
+        tensor: of the user's.
+        is_held: by an attribute, and lives no longer than that lets it: what each step leaves for the next would have
+            all steps' graphs behind it.
+    """
+    with torch.enable_grad():
+        stand_in: Tensor = _IfNeeded.apply([tensor], is_held, _ticket)  # type: ignore[no-untyped-call]
+    return stand_in
+
+
+class _IfNeeded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, holder: list[Tensor], is_held: bool, ticket: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        (tensor,) = holder  # in a list the engine knows nothing of it
+        ctx.tensor = weakref.ref(tensor) if is_held else lambda: tensor
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Grad) -> Any:
+        (grad,) = grads
+        if grad is not None:
+            tensor = ctx.tensor()
+            if tensor is None:
+                raise RuntimeError(
+                    "TowerParallel: expected what an attribute held, and the forward has replaced, to be given to "
+                    "autograd functions as an argument, but one (a reentrant checkpoint, say) went backward to it by "
+                    "itself, and that gradient would be lost"
+                )
+            keep = _autograd._get_current_graph_task_keep_graph()
+            torch.autograd.backward(tensor, grad, retain_graph=keep, create_graph=torch.is_grad_enabled())
+        return None, None, None
 
 
 def is_connected(tensor: Tensor) -> bool:

@@ -288,11 +288,6 @@ def _is_small(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.numel() <= SMALL
 
 
-def graph_tensors(module: nn.Module) -> list[Tensor]:
-    """The tensors with a graph that a module's attributes hold."""
-    return _alive(_held_by(module).graphs)
-
-
 def _alive(references: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
     return [tensor for reference in references if (tensor := reference()) is not None]
 

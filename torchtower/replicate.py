@@ -29,7 +29,7 @@ from torchtower.devices import move
 from torchtower.graphs import writable
 from torchtower.leaves import Leaves, share_attributes
 from torchtower.node import is_connected
-from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of, graph_tensors
+from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of
 from torchtower.places import Place, Written, places_of
 from torchtower.remote import copy_together, version_of
 from torchtower.rewrite import Translation
@@ -190,11 +190,6 @@ class Replica:
         if not self._links:
             return []
         return [link for module in self._original.modules for link in self._links.get(id(module), ())]
-
-    def tensors_where_links_are(self) -> set[int]:
-        """The ids of the tensors with a graph that attributes of the modules that have links hold now."""
-        linked = [self._to_replica.get(module) for module in self._original.modules if id(module) in self._links]
-        return {id(tensor) for twin in linked for tensor in graph_tensors(twin)}
 
     def _watch_own(self) -> None:
         self._touched: set[int] = set()  # indices of modules that have been changed since, though it be back
