@@ -374,3 +374,20 @@ def test_what_was_frozen_and_forwarded_since_gets_no_gradient(create_graph: bool
         for parameter, grad in zip(parameters, grads, strict=True):
             assert_close(parameter.grad, grad)
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_graph_that_was_not_to_be_retained_is_freed_although_a_graph_of_the_backward_was_made(
+    order: int, num_towers: int
+) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    for net in (plain, wrapped):
+        x = batch(6, requires_grad=True)
+        loss = net(x).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True, retain_graph=False)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            if order == 1:
+                torch.autograd.grad(loss, x)
+            else:
+                grad.square().sum().backward()
