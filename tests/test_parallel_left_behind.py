@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import time
+import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, steps_follow, twins, wrap
 from tests.modules import AuxiliaryLoss, OneLayer, TrainedWithin
 from torchtower import current_tower
 
@@ -497,3 +498,27 @@ def test_what_a_forward_that_raises_has_left_is_kept_as_in_the_plain_module(num_
     rows = len(wrapped.module[1].feature)
     assert_close(wrapped.module[1].feature, plain[1].feature[:rows])
     assert_close(wrapped(batch(8)), plain(batch(8)))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("kind", ["closure", "default", "partial", "method", "list"])
+def test_a_graph_that_a_forward_leaves_in_a_function_is_used_by_the_next(kind: str, num_towers: int) -> None:
+    class Keeping(OneLayer):
+        keep: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.fc.weight.tanh().sum()
+            keep, self.keep = (
+                self.keep,
+                {
+                    "closure": lambda x: x * scale,
+                    "default": lambda x, scale=scale: x * scale,
+                    "partial": functools.partial(torch.mul, scale),
+                    "method": types.MethodType(torch.mul, scale),
+                    "list": [functools.partial(torch.mul, scale)],
+                }[kind],
+            )
+            out = self.fc(x)
+            return out if keep is None else (keep[0] if kind == "list" else keep)(out)
+
+    steps_follow(*twins(Keeping(), num_towers), lambda step: batch(7, seed=step))
