@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import prune, weight_norm
 
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, take_steps, twins, wrap
 from tests.modules import OneLayer
@@ -185,3 +185,30 @@ def test_what_a_failing_backward_has_assigned_is_kept_as_in_the_plain_module() -
         net(batch(8)).sum().backward()
         assert inner.seen == 2
     assert_close(wrapped.module.gradient, plain.gradient[:4])
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("reparametrize", [weight_norm, lambda fc: prune.l1_unstructured(fc, "weight", 0.5)])
+def test_a_hook_may_leave_a_module_whose_weight_is_computed(reparametrize: Any, num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last: Any = None
+            self.first = reparametrize(nn.Linear(3, 3))
+            for layer in (self.fc, self.first):
+                layer.register_full_backward_hook(self._keep)
+
+        def _keep(self, module: nn.Module, *_: Any) -> None:
+            self.last = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(self.first(x))
+            return out
+
+    net = Net().double()
+    wrapped = wrap(net, num_towers)
+    for _ in range(2):
+        net.last = None
+        wrapped(batch(6, requires_grad=True)).sum().backward()
+        assert net.last is net.first

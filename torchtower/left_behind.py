@@ -37,8 +37,7 @@ class LeftBehind:
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
         self._known = _sources(self._main) if self._written else []
-        known = {id(twin) for twin, _ in self._known}
-        left = [(0, tensor) for tensor in _with_graph(self._written) if id(tensor) not in known]
+        left = [(0, tensor) for tensor in _new_with_graph(self._main, self._written, self._known)]
         kept = [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
         self._tensors = left + kept  # that have a graph, and whose
 
@@ -85,10 +84,9 @@ def keep_what_was_assigned(main: Replica) -> list[nn.Module]:
     written = main.take_written()
     if not written:  # nearly always
         return []
-    pairs = _sources(main)
-    known = {id(twin) for twin, _ in pairs}
-    written = [item for item in written if known.issuperset(map(id, _with_graph([item])))]
-    return _write_to_original(main, written, pairs)
+    known = _sources(main)
+    written = [item for item in written if not _new_with_graph(main, [item], known)]
+    return _write_to_original(main, written, known)
 
 
 def _sources(main: Replica) -> list[tuple[Tensor, Any]]:
@@ -131,11 +129,18 @@ def _kept_outside(
     return kept
 
 
-def _with_graph(written: Sequence[Written]) -> list[Tensor]:
+def _new_with_graph(main: Replica, written: Sequence[Written], known: list[tuple[Tensor, Any]]) -> list[Tensor]:
+    """The tensors with a graph in what was written, but for the known ones, and those of what the user has already."""
+    if not written:  # nearly always
+        return []
     values = list(chain.from_iterable(item.values() for item in written))
-    made = [module for value in values if isinstance(value, nn.Module) for module in value.modules()]
-    tensors = chain.from_iterable(map(tensors_within, chain(values, map(vars, made))))
-    return list({id(tensor): tensor for tensor in tensors if tensor.grad_fn is not None}.values())
+    stops = main.to_original().table.keys()
+    modules = [module for value in values if isinstance(value, nn.Module) for module in value.modules()]
+    made = [vars(module) for module in modules if id(module) not in stops]
+    tensors = {id(tensor): tensor for value in chain(values, made) for tensor in tensors_within(value, stops=stops)}
+    for tensor, _ in known:
+        tensors.pop(id(tensor), None)
+    return [tensor for tensor in tensors.values() if tensor.grad_fn is not None]
 
 
 def _is_structural(written: Written) -> bool:

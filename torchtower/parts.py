@@ -7,7 +7,7 @@ import functools
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Container, Iterator, MutableMapping
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
@@ -149,8 +149,14 @@ def slots_of(value: Any) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
 
 
-def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
-    """The tensors in a value, each once, however deep; where it leads to more than so many objects, some of them."""
+def tensors_within(value: Any, most: int = MANY, stops: Container[int] = ()) -> list[Tensor]:
+    """The tensors in a value, each once, however deep.
+
+    Args:
+        value: anything.
+        most: where it leads to more than so many objects, some of the tensors are found.
+        stops: ids of what is not looked into.
+    """
     found: dict[int, Tensor] = {}
     seen: set[int] = set()
     pending = [value]
@@ -158,7 +164,7 @@ def tensors_within(value: Any, most: int = MANY) -> list[Tensor]:
         part = pending.pop()
         if isinstance(part, Tensor):
             found[id(part)] = part
-        elif type(part) not in ATOMS and id(part) not in seen:
+        elif type(part) not in ATOMS and id(part) not in seen and id(part) not in stops:
             seen.add(id(part))
             if not leads_nowhere(part):
                 pending.extend(parts_of(part, deep=True) or ())
