@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -212,3 +216,132 @@ def test_a_hook_may_leave_a_module_whose_weight_is_computed(reparametrize: Any, 
         net.last = None
         wrapped(batch(6, requires_grad=True)).sum().backward()
         assert net.last is net.first
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    layer: Any
+    grad: Any
+
+
+def _entry(call: Any, name: str) -> Any:
+    return call[name] if isinstance(call, dict) else getattr(call, name)
+
+
+def _fill(call: Any, name: str, value: Any) -> None:
+    (operator.setitem if isinstance(call, dict) else setattr)(call, name, value)
+
+
+PUTS: dict[str, Callable[[Any, Any], None]] = {
+    "into a list": lambda net, call: net.calls.append(call),
+    "into a dict": lambda net, call: net.by_number.update({len(net.by_number): call}),
+    "nested in a dict": lambda net, call: net.by_number.update({len(net.by_number): ({"calls": [call]},)}),
+    "nested in a new list": lambda net, call: setattr(net, "calls", [*net.calls, call]),
+    "nested in a new record": lambda net, call: setattr(net, "last", types.SimpleNamespace(call=call, before=net.last)),
+}
+
+
+class Records(OneLayer):
+    """A forward hook makes a record of each call, and a backward hook fills in what it finds."""
+
+    def __init__(self, make: Callable[[Any, Tensor], Any], put: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.make, self.put = make, PUTS[put]
+        self.calls: list[Any] = []
+        self.by_number: dict[int, Any] = {}
+        self.last: Any = None
+        self.pending: list[Any] = []
+        for layer in (self.first, self.fc):
+            layer.register_forward_hook(self._note)
+            layer.register_full_backward_hook(self._complete)
+
+    def _note(self, layer: Any, _: Any, out: Tensor) -> None:
+        call = self.make(layer, out)
+        self.put(self, call)
+        self.pending.append(call)
+
+    def _complete(self, _: nn.Module, grad_input: Any, grad_output: Any) -> None:
+        _fill(self.pending.pop(), "grad", grad_output[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.first(x))
+        return out
+
+    def found(self) -> list[Any]:
+        if self.last is not None:
+            return [self.last.before.call, self.last.call]
+        return self.calls or [c[0]["calls"][0] if isinstance(c, tuple) else c for c in self.by_number.values()]
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("put", PUTS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layer, out: {"layer": layer, "grad": None},
+        lambda layer, out: {"layer": (layer.weight,), "out": out, "grad": None},
+        lambda layer, out: types.SimpleNamespace(layer=layer, grad=None),
+        lambda layer, out: Call([out], None),
+    ],
+)
+def test_a_backward_fills_the_records_that_its_forward_has_made(make: Any, put: str, num_towers: int) -> None:
+    plain, wrapped = twins(Records(make, put), num_towers)
+    net = wrapped.module
+    x = batch(2 * num_towers)
+    plain(x[:2].requires_grad_()).sum().backward()
+    wrapped(x.requires_grad_()).sum().backward()
+    assert net.pending == plain.pending == []
+    assert len(net.found()) == len(plain.found()) == 2
+    for layer, got, expected in zip((net.first, net.fc), net.found(), plain.found(), strict=True):
+        assert_close(_entry(got, "grad"), _entry(expected, "grad"))
+        of = _entry(got, "layer")
+        assert of is layer or of[0] is layer.weight or of[0].grad_fn is not None
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_record_under_two_names_stays_one(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[Any] = []
+            self.last = self.best = self.worst = None
+            self.fc.register_full_backward_hook(self._complete)
+
+        def _complete(self, *_: Any) -> None:
+            self.last["grad"] = 1
+            self.best, self.worst = self.last, [self.last]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            self.last = {"layer": self.fc, "out": out, "grad": None}
+            self.calls.append(self.last)
+            return out
+
+    net = Net().double()
+    wrapped = wrap(net, num_towers)
+    for count in (1, 2):
+        wrapped(batch(6, requires_grad=True)).sum().backward()
+        assert net.last["layer"] is net.fc and net.last["grad"] == 1
+        assert net.last is net.best is net.worst[0] is net.calls[-1] and len(net.calls) == count
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_second_backward_goes_on_from_what_the_first_has_made(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log: Any = None
+            self.fc.register_full_backward_hook(self._count)
+
+        def _count(self, layer: nn.Module, *_: Any) -> None:
+            if self.log is None:
+                self.log = {"layer": layer, "inner": [{"layer": layer, "count": 0}]}
+            self.log["inner"][0]["count"] += 1
+
+    net = Net().double()
+    wrapped = wrap(net, num_towers)
+    loss = wrapped(batch(6, requires_grad=True)).sum()
+    for count in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        assert net.log == {"layer": net.fc, "inner": [{"layer": net.fc, "count": count}]}

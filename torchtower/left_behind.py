@@ -16,7 +16,7 @@ from torchtower.graphs import is_untouched, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.parts import container_of, tensors_within
-from torchtower.places import Written, write_back
+from torchtower.places import Written
 from torchtower.ports import Port
 from torchtower.reduction import Grad
 from torchtower.replicate import Replica
@@ -64,8 +64,6 @@ class LeftBehind:
         ]
         put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         modules = _write_to_original(self._main, self._written, [*self._known, *connected])
-        for item in self._written:
-            self._main.watch_container(item)  # the backward may write into it
         if modules and not any(map(_is_structural, self._written)):
             self._original.remember(modules, [value for value in values if value is not None])
         return modules
@@ -97,10 +95,7 @@ def _sources(main: Replica) -> list[tuple[Tensor, Any]]:
 
 def _write_to_original(main: Replica, written: list[Written], connected: list[tuple[Tensor, Any]]) -> list[nn.Module]:
     if written:
-        translate = main.to_original()
-        for local, main_side in connected:
-            translate.add(local, main_side)
-        write_back(written, translate)
+        main.write_back(written, connected)
     modules = list({id(item.module): item.module for item in written}.values())
     for module in modules:
         if (kind := main.take_class(module)) is not None:  # a forward has registered a parametrization

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from itertools import islice
 from operator import is_
@@ -56,29 +56,29 @@ class Written(NamedTuple):
     name: Any  # the attribute or key; of a list or set, whether the value is all that it holds, or what was added
     value: Any
 
-    def container(self) -> Place | None:
-        """The place that a small container in an attribute is from now on; None where this is no such."""
-        held = container_of(self.value) if self.place.kind == "attributes" else None
-        target = None if held is None else container_of(self.place.target.get(self.name))
-        return None if target is None or target is held else _place("container", target, held)
-
     def values(self) -> list[Any]:
         """What was left, one by one."""
-        return [self.value] if isinstance(self.place.twin, dict) else self.value
+        return [self.value] if isinstance(self.place.twin, dict) else list(self.value)
 
 
-def write_back(written: Sequence[Written], translate: Translation) -> None:
-    """Do to the original what the main tower did to its replica."""
-    for _, place, name, value in written:
-        target = place.target
-        if not isinstance(target, dict):
-            (_set_contents if name is _ALL else _add_contents)(target, translate(value))
-        elif value is _DELETED:
-            target.pop(translate(name), None)  # a key may be a module
-        else:
-            target[translate(name)] = translate(value)
-        if place.kind == "hooks":
-            _put_in_order(target, [key for key in place.twin if key in target])
+def write_back(written: Written, translate: Translation) -> list[Place]:
+    """Do to the original what the main tower did to its replica.
+
+    Returns:
+        The small containers that have come with it, at any depth: the tower may write there, too, from now on.
+    """
+    _, place, name, value = written
+    target, num_met = place.target, len(translate.met)
+    if not isinstance(target, dict):
+        (_set_contents if name is _ALL else _add_contents)(target, translate(value))
+    elif value is _DELETED:
+        target.pop(translate(name), None)  # a key may be a module
+    else:
+        target[translate(name)] = translate(value)
+    if place.kind == "hooks":
+        _put_in_order(target, [key for key in place.twin if key in target])
+    pairs = [(container_of(pair.twin), container_of(pair.source)) for pair in translate.met[num_met:]]
+    return [_place("container", target, twin) for target, twin in pairs if twin is not None]
 
 
 def _put_in_order(hooks: Any, keys: list[int]) -> None:
@@ -151,7 +151,7 @@ def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
         else:
             added, is_more = list(islice(now, len(before), None)), all(map(is_, before, now))
         if is_more and len(before) + len(added) == len(now):
-            return [(_ADDED, added)] if added else []
-        return [(_ALL, list(now))]
+            return [(_ADDED, tuple(added))] if added else []
+        return [(_ALL, tuple(now))]
     changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
     return changed + [(name, _DELETED) for name in before.keys() - now.keys()]

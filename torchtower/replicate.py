@@ -12,6 +12,12 @@ live as long as the original keeps its shape: a compiled module must not compile
 A tensor with a graph that an attribute holds (what an earlier forward left there, or the user) is represented by a leaf
 in each replica. The user's graph behind it is joined on only where a forward has used it: a backward must not walk into
 what it does not need, an earlier backward may have freed it.
+
+Note [What a tower has made]
+The user is given copies of the lists, dicts and records that the main tower has made and that lead back into its
+replica. The tower may hold on to its own, and a hook in its backward may fill them (the record of a call, say, that a
+forward hook has put into a list). So until the replica follows its original again, which makes both anew, the small
+ones among them are places like those that were there before, and stay translated to the same copies.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ from torchtower.graphs import writable
 from torchtower.leaves import Leaves, share_attributes
 from torchtower.node import is_connected
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of
-from torchtower.places import Place, Written, places_of
+from torchtower.places import Place, Written, places_of, write_back
 from torchtower.remote import copy_together, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
@@ -60,6 +66,7 @@ class Replica:
         self._is_main = is_main
         self.parameters = Leaves(original, device, aliases=aliases)
         self._to_replica = Translation()
+        self._to_original: Translation | None = None
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
         self._dicts: dict[int, dict[str, Any]] = {}  # parameters, hooks and so on in the replica of each, by its id
@@ -86,6 +93,7 @@ class Replica:
 
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
+        self._to_original = None
         before, self._to_replica = self._to_replica, Translation()
         self._places.clear()
         self._links.clear()
@@ -200,6 +208,7 @@ class Replica:
 
     def follow(self, changed: Iterable[nn.Module]) -> None:
         """Take over what changed in these modules of the original, and undo what a forward of this replica left."""
+        self._to_original = None
         modules = self._original.modules
         if self._sources is not self._original.buffers:  # discovered anew
             self._make_buffers(self._to_replica, self._sources)
@@ -246,11 +255,20 @@ class Replica:
             taken.update(id(place.twin) for place in self._places[id(module)])
         return [item for item in found if item.place.kind != "attributes" or item.name not in MODULE_DICTS]
 
-    def watch_container(self, written: Written) -> None:
-        """See from now on, too, what this replica writes into a small container that it has put into an attribute."""
-        if (place := written.container()) is not None:
-            self._places[id(written.module)].append(place)
-            self._own.remember(self._original.index_of[id(written.module)], self._watched(written.module))
+    def write_back(self, written: Iterable[Written], connected: Iterable[tuple[Tensor, Any]]) -> None:
+        """Do to the original what this replica did, see Note [What a tower has made].
+
+        Args:
+            written: what `take_written` has returned.
+            connected: tensors with a graph, and what the user has for each.
+        """
+        translate = self.to_original()
+        for local, main in connected:
+            translate.add(local, main)
+        for item in written:
+            self._places[id(item.module)] += write_back(item, translate)
+        for local, _ in connected:  # which must not live longer than the user holds it
+            translate.remove(local)
 
     def take_class(self, module: nn.Module) -> type | None:
         """The class that this replica has given its twin of a module since the last call; None if it has not."""
@@ -268,8 +286,10 @@ class Replica:
                 held[name] = own
 
     def to_original(self) -> Translation:
-        """The way back: replica's modules, parameters and buffers to the original's."""
-        back = Translation(left_behind=True)
+        """The way back: replica's modules, parameters and buffers to the original's; the same until it follows."""
+        if self._to_original is not None:
+            return self._to_original
+        back = self._to_original = Translation(left_behind=True)
         everything = (self._original.modules, self._original.parameters, self._original.buffers)
         for source in chain(*everything):
             if (twin := self._to_replica.get(source)) is not source:  # the main tower has the user's own buffers

@@ -57,7 +57,8 @@ class Translation:
             so that what one side adds to them does not reach the other. Those that functions refer to stay shared,
             where they lead to nothing that is translated: a hook may collect there.
         left_behind: deep, and into modules; a forward has made what leads from there to its own modules, parameters
-            and buffers, and objects among it are noted, see `torchtower.parts`.
+            and buffers, and objects among it are noted, see `torchtower.parts`. What has been copied once is in the
+            table from then on.
     """
 
     def __init__(self, *, deep: bool = False, left_behind: bool = False) -> None:
@@ -220,6 +221,8 @@ class _Copy:
         if pair is None:
             pair = self._translation.pairs[id(value)] = _Pair(value, _like(value))
             note_alike(value, pair.twin)
+            if self._translation.left_behind:
+                self._translation.add(value, pair.twin)
         self._translation.met.append(pair)
         return pair.twin
 
