@@ -522,3 +522,48 @@ def test_a_graph_that_a_forward_leaves_in_a_function_is_used_by_the_next(kind: s
             return out if keep is None else (keep[0] if kind == "list" else keep)(out)
 
     steps_follow(*twins(Keeping(), num_towers), lambda step: batch(7, seed=step))
+
+
+def detached(net: Any) -> Tensor:
+    state: Tensor = net.state.detach()
+    net.state = net.fc.seen = state
+    return state
+
+
+def scale_data(net: Any) -> None:
+    net.state.data *= 0.5
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda net: detached(net).add_(1),
+        lambda net: detached(net).lerp_(net.fc.bias.detach(), 0.25),
+        lambda net: net.state.detach_().mul_(2),
+        scale_data,
+    ],
+    ids=["add_", "lerp_", "detach_", "data"],
+)
+def test_what_a_forward_has_left_with_its_graph_is_written_to_by_each_tower_on_its_own(
+    write: Callable[[Any], Any], num_towers: int
+) -> None:
+    class Net(OneLayer):
+        state = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.state is None:
+                self.state = self.fc.seen = self.fc.weight.sum(1)
+            else:
+                write(self)
+            time.sleep(0.01)  # the others write now
+            out: Tensor = self.fc(x) * (self.state.detach() + self.fc.seen.detach())
+            return out
+
+    plain, wrapped = twins(Net(), num_towers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            net.zero_grad()
+            net(batch(9, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+        assert_close(wrapped.module.state, plain.state)

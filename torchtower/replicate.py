@@ -10,8 +10,9 @@ buffers themselves, so that what it writes persists; the others hold copies, mad
 live as long as the original keeps its shape: a compiled module must not compile again, RNN weights are flattened once.
 
 A tensor with a graph that an attribute holds (what an earlier forward left there, or the user) is represented by a leaf
-in each replica. The user's graph behind it is joined on only where a forward has used it: a backward must not walk into
-what it does not need, an earlier backward may have freed it.
+in each replica, the main tower's in the user's memory, the others' in memory of their own, as buffers are: a forward
+may write into it once it has detached it. The user's graph behind it is joined on only where a forward has used it: a
+backward must not walk into what it does not need, an earlier backward may have freed it.
 
 Note [What a tower has made]
 The user is given copies of the lists, dicts and records that the main tower has made and that lead back into its
@@ -69,6 +70,7 @@ class Replica:
         self._to_original: Translation | None = None
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
+        self._link_of: dict[int, Link] = {}  # by the ids of their sources, since the module was last followed
         self._dicts: dict[int, dict[str, Any]] = {}  # parameters, hooks and so on in the replica of each, by its id
         self._kinds: dict[int, type] = {}  # the class of the replica of each, by its id
         self._met: dict[int, list[Any]] = {}  # records in each, by its id: copied once while it holds them
@@ -97,6 +99,7 @@ class Replica:
         before, self._to_replica = self._to_replica, Translation()
         self._places.clear()
         self._links.clear()
+        self._link_of.clear()
         self._dicts.clear()
         self._met.clear()
         self._hook_dicts.clear()
@@ -183,21 +186,27 @@ class Replica:
         self._met[id(module)] = self._to_replica.met
 
     def _link(self, source: Tensor) -> Link:
-        """Make a leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = source.detach()
-            # What a forward of ours has left is mostly overwritten by the next: not worth a way to another device.
-            if leaf.device == self._original.device and not is_connected(source):
-                leaf = move(leaf, self.device)
-            twin = writable(leaf.requires_grad_())
-        self._to_replica.add(source, twin)
-        return Link(weakref.ref(source), leaf, twin)
+        """Have one leaf for a tensor with a graph, and let the tensor be translated to what has that leaf alone."""
+        link = self._link_of.get(id(source))
+        if link is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = source.detach()
+                # What a forward of ours has left is mostly overwritten by the next: not worth a way to another device.
+                if leaf.device == self._original.device and not is_connected(source):
+                    leaf = move(leaf, self.device)
+                if leaf.device == source.device and not self._is_main:  # the user's memory is the main tower's
+                    leaf = leaf.clone()
+                twin = writable(leaf.requires_grad_())
+            link = self._link_of[id(source)] = Link(weakref.ref(source), leaf, twin)
+        self._to_replica.add(source, link.twin)
+        return link
 
     def links(self) -> list[Link]:
-        """All of them, in the same order in every replica."""
+        """All of them, once each, in the same order in every replica."""
         if not self._links:
             return []
-        return [link for module in self._original.modules for link in self._links.get(id(module), ())]
+        links = chain.from_iterable([self._links.get(id(module), ()) for module in self._original.modules])
+        return list({id(link.leaf): link for link in links}.values())
 
     def _watch_own(self) -> None:
         self._touched: set[int] = set()  # indices of modules that have been changed since, though it be back
@@ -215,6 +224,7 @@ class Replica:
         stale = {id(module): module for module in changed}
         if self._links:
             stale.update((id(module), module) for module in modules if id(module) in self._links)
+        self._link_of.clear()  # all are made anew
         stale.update((id(modules[index]), modules[index]) for index in self._touched.union(self._own.changed()))
         for module in stale.values():
             self._pair_hook_dicts(module, self.twin_of(module))
