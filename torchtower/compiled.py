@@ -3,10 +3,12 @@
 Note [Towers and the compiler]
 Towers run the same code, and find what one of them has had compiled. But torch looks for that before it waits for
 whoever compiles: T towers that meet something new at once compile it T times, and take T of the few places that torch
-has for each function (`torch._dynamo.config.recompile_limit`), after which it compiles no more. So they take turns in a
-call that may meet something new, and in its backward, which is compiled when it first runs. That is a call of inputs or
-under a state not seen yet: each may have a graph of its own. Once new sizes bring no new graph, these serve all sizes,
-and such calls run at once. A graph is of one device: there are as many places for each.
+has for each function (`torch._dynamo.config.recompile_limit`), after which it compiles no more. Nor does it expect that
+others look while it moves the graph that has been found to the front: who looks then may miss it, and compiles it anew.
+So towers take turns where the inputs, or the state under which they run, are not those of the call before, as another
+graph may be what fits; and in that call's backward, which is compiled when it first runs. Once new sizes bring no new
+graph, one serves all sizes, and calls of other sizes run at once. A graph is of one device: there are as many places
+for each.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ class Compilation:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = set(devices)
         self.is_there = False  # whether the module, or a part of it, is compiled
-        self._known: dict[Any, set[Any]] = {}  # by the state in which calls have run, their inputs
-        self._is_by_size = True  # whether new sizes may bring new graphs
+        self._known: set[Any] = set()  # inputs for which something was compiled, and under which state
+        self._last: Any = (None, None)  # state and inputs
+        self._is_by_size = True  # whether other sizes may have other graphs
 
     def look_at(self, modules: Iterable[nn.Module], *, is_all: bool) -> None:
         """See whether some are compiled.
@@ -47,6 +50,7 @@ class Compilation:
         if is_all or not self.is_there:
             self.is_there = any(map(_is_compiled, modules))
             self._known.clear()
+            self._last = (None, None)
 
     def watch(
         self, module: nn.Module, function: Function | None, inputs: Iterable[Tensor]
@@ -66,21 +70,23 @@ class Compilation:
         grad_modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         state = (id(function) if is_function else None, is_training(module), *grad_modes, *autocast)
         call = tuple([(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad) for tensor in inputs])
-        known = self._known.get(state)
-        is_new = known is None or call not in known
-        in_turn = known is None or (is_new and self._is_by_size)
-        return _Watching(in_turn, len(self._devices), functools.partial(self._learn, state, call) if is_new else None)
+        last_state, last_call = self._last
+        in_turn = state != last_state or (self._is_by_size and call != last_call)
+        return _Watching(in_turn, len(self._devices), functools.partial(self._learn, state, call))
 
     def _learn(self, state: Any, call: Any, has_compiled: bool) -> None:
-        self._is_by_size = has_compiled
-        self._known.setdefault(state, set()).update([call] if has_compiled else [])
+        self._last = (state, call)
+        if (state, call) not in self._known:
+            self._is_by_size = has_compiled
+            if has_compiled:
+                self._known.add(self._last)
 
 
 class _Watching:
     """Within this a call runs that may compile."""
 
     # No generator's context manager, which would write to an error that passes.
-    def __init__(self, in_turn: bool, num_devices: int, learn: Callable[[bool], None] | None) -> None:
+    def __init__(self, in_turn: bool, num_devices: int, learn: Callable[[bool], None]) -> None:
         self._in_turn = in_turn
         self._room = _room_for(num_devices)
         self._learn = learn
@@ -92,7 +98,7 @@ class _Watching:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self._room.__exit__(kind, *rest)
-        if kind is None and self._learn is not None:
+        if kind is None:
             self._learn(_num_graphs() != self._num_graphs)
 
 
