@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchtower.bridge import connect_outputs
 from torchtower.family import Family, Inputs, Plan
-from torchtower.graphs import writable
+from torchtower.graphs import is_untouched, writable
 from torchtower.left_behind import LeftBehind
 from torchtower.local_backward import requires_grad
 from torchtower.original import Original
@@ -130,6 +130,11 @@ class ForwardResult:
         sources = [link.source() for link in rows[0]]
         alive = [index for index, source in enumerate(sources) if source is not None]
         linked = [source for source in sources if source is not None]
+        with torch.enable_grad():  # the bridge keeps hold of what they were
+            linked = [
+                source if is_untouched(rows[0][old].twin) else writable(source)
+                for source, old in zip(linked, alive, strict=True)
+            ]
         return linked, [[links[index].leaf for index in alive] for links in rows]
 
 

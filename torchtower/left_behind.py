@@ -2,14 +2,21 @@
 
 Of attributes the main tower's are kept, of what hooks keep every tower's. What has a graph crosses the bridge like an
 output of its tower, and it is what came out there that the user finds in its place.
+
+Note [Writes with a graph]
+A forward may write in place, with autograd on, into what an attribute held before (``self.aux += loss``). The memory is
+the user's, and so is the very tensor where that is a buffer, which has then been given the main tower's graph; the twin
+of a tensor with a graph has been given it in the other case. Either way the user's tensor stays the same object, and is
+given the graph of what came out of the bridge in the place of the one that it had, as in the plain module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchtower.graphs import is_untouched, towers_behind
@@ -36,16 +43,22 @@ class LeftBehind:
         self._main = replicas[0]
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves)
-        self._known = _sources(self._main) if self._written else []
-        left = [(0, tensor) for tensor in _new_with_graph(self._main, self._written, self._known)]
+        self._turned = with_new_graph(self._main)
+        links = _written_links(self._main)
+        self._overwritten = [*[(base, base) for base in _bases(self._turned)], *links]
+        self._known = [*_sources(self._main), *links] if self._written else []
+        known = [*self._known, *[(buffer, buffer) for buffer in self._turned]]
+        left = [(0, tensor) for tensor in _new_with_graph(self._main, self._written, known)]
         kept = [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
+        overwritten = [(0, local) for local, _ in self._overwritten if local.requires_grad]
         self._tensors = left + kept  # that have a graph, and whose
+        self._crossing = self._tensors + overwritten
 
     def columns(self, num_towers: int) -> list[tuple[Port, list[Grad]]]:
         """Of each tensor that has a graph how it crosses the bridge, and what each tower has there."""
         return [
             (Port("solo", tensor.device, tower=owner), [tensor if t == owner else None for t in range(num_towers)])
-            for owner, tensor in self._tensors
+            for owner, tensor in self._crossing
         ]
 
     def put(self, values: Sequence[Grad]) -> list[nn.Module]:
@@ -57,15 +70,20 @@ class LeftBehind:
         Returns:
             The modules that were written to.
         """
-        if not self._written and not self._kept:  # nearly always
+        if not self._written and not self._kept and not self._overwritten:  # nearly always
             return []
         connected: list[tuple[Tensor, Any]] = [
-            (local, main) for (_, local), main in zip(self._tensors, values, strict=True)
+            (local, main) for (_, local), main in zip(self._tensors, values, strict=False)
         ]
+        if self._overwritten:
+            _give_graphs(self._overwritten, values[len(connected) :], self._turned)
         put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
         modules = _write_to_original(self._main, self._written, [*self._known, *connected])
-        if modules and not any(map(_is_structural, self._written)):
-            self._original.remember(modules, [value for value in values if value is not None])
+        if not any(map(_is_structural, self._written)):
+            if modules:
+                self._original.remember(modules, [main for _, main in connected if main is not None])
+            if self._turned:
+                modules += self._original.turn(self._turned)
         return modules
 
 
@@ -87,10 +105,57 @@ def keep_what_was_assigned(main: Replica) -> list[nn.Module]:
     return _write_to_original(main, written, known)
 
 
+def drop_new_graphs(main: Replica) -> None:
+    """Let buffers have no graph of a forward that raised, as that leads to nothing of the user's."""
+    for base in _bases(with_new_graph(main)):
+        base.detach_()
+
+
+def with_new_graph(main: Replica) -> list[Tensor]:
+    """The buffers that the main tower's forward has given a graph: before, none had any."""
+    return [buffer for buffer in main.buffers if buffer.requires_grad and buffer.grad_fn is not None]
+
+
+def _bases(buffers: Sequence[Tensor]) -> list[Tensor]:
+    """What has these buffers' graphs: of a view, it is what it is a view of."""
+    bases: list[Any] = [buffer._base if buffer._is_view() else buffer for buffer in buffers]
+    return [base for base in {id(base): base for base in bases}.values() if base.grad_fn is not None]
+
+
+def _written_links(main: Replica) -> list[tuple[Tensor, Tensor]]:
+    """What the replica has for tensors with a graph, where it was written into with autograd on, and these."""
+    links = [link for link in main.links() if not is_untouched(link.twin)]
+    return [(link.twin, source) for link in links if (source := link.source()) is not None]
+
+
 def _sources(main: Replica) -> list[tuple[Tensor, Any]]:
     """What the replica has for the user's tensors with a graph that attributes hold as before, and these."""
     links = [link for link in main.links() if is_untouched(link.twin)]
     return [(link.twin, source) for link in links if (source := link.source()) is not None]
+
+
+def _give_graphs(
+    overwritten: Sequence[tuple[Tensor, Tensor]], values: Iterable[Grad], buffers: Sequence[Tensor]
+) -> None:
+    """Let the user's tensors have the graphs of what came out of the bridge; see the Note.
+
+    Args:
+        overwritten: as the replica has them, and the user's.
+        values: of those that have a graph; the others have been detached.
+        buffers: those among the user's, and what are views of these.
+    """
+    left = iter(values)
+    autograd: Any = torch.autograd
+    counters = autograd._unsafe_preserve_version_counter(tuple(source for _, source in overwritten))
+    with torch.enable_grad(), counters:  # the writes have been counted already
+        for local, source in overwritten:
+            has_graph = local.requires_grad
+            if not source._is_view():  # that of a view is its base's, which may have other parts
+                source.detach_()
+            if has_graph and (value := next(left)) is not None:
+                source.copy_(value)
+        for buffer in buffers:
+            _ = buffer.grad_fn  # a view that is asked for its graph now will look for another when the counter is back
 
 
 def _write_to_original(main: Replica, written: list[Written], connected: list[tuple[Tensor, Any]]) -> list[nn.Module]:

@@ -198,6 +198,20 @@ class Original:
         self._graphs = [reference for reference in self._graphs if reference() is not None]
         self._graphs.extend(map(weakref.ref, graphs))
 
+    def turn(self, buffers: Iterable[Tensor]) -> list[nn.Module]:
+        """Take it for seen that these buffers have been given graphs, and are buffers no more.
+
+        Returns:
+            The modules that hold them.
+        """
+        turned = {id(buffer): buffer for buffer in buffers}
+        self.buffers = [buffer for buffer in self.buffers if id(buffer) not in turned]
+        holders = [m for m in self.modules if not turned.keys().isdisjoint(map(id, self._held[id(m)].values))]
+        for module in holders:
+            self._held[id(module)] = _held_by(module)
+        self._graphs.extend(map(weakref.ref, turned.values()))
+        return holders
+
     def forget(self) -> None:
         """Let the next `changes` find that everything may have changed."""
         self._known_facts = []

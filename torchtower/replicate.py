@@ -244,6 +244,8 @@ class Replica:
             targets = []
             with torch.no_grad():
                 for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
+                    if twin.requires_grad:  # an earlier forward has written into it with autograd on
+                        twin.detach_()
                     if buffer.shape != twin.shape or buffer.dtype != twin.dtype:  # observers resize theirs
                         twin.data = torch.empty_like(buffer, device=twin.device)
                     version = self._buffer_versions[id(buffer)] = version_of(buffer)

@@ -20,7 +20,7 @@ from torchtower.family import Plan
 from torchtower.forward_result import ForwardResult
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
-from torchtower.left_behind import keep_what_was_assigned
+from torchtower.left_behind import drop_new_graphs, keep_what_was_assigned
 from torchtower.local_backward import requires_grad
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
@@ -120,6 +120,7 @@ class Towers:
             with self._compilation.watch(self.module, function, shards.tensors) as in_turn:
                 outputs = self._run_jobs([job_of(t) for t in range(len(taken))], in_turn)
         except BaseException as error:
+            drop_new_graphs(self._replicas[0])
             self._written_to += keep_what_was_assigned(self._replicas[0])  # a hook that stops the forward, say
             if isinstance(error, Exception) and (told := shards.told()):
                 add_note(error, "TowerParallel split tensors ", told)

@@ -278,3 +278,54 @@ def test_a_batch_elsewhere_that_needs_gradients_is_not_written_to(devices: list[
     assert_same_values(x, rows(num_rows))
     assert_same_values(x.grad, other.grad)
     assert_same_gradients(wrapped, plain)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("aux", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aux.add_(self.fc.weight.square().sum(1))
+        out: Tensor = self.fc(x) + self.aux.detach()
+        return out
+
+
+@every_layout
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_loss_that_is_added_to_trains(devices: list[int], count: int) -> None:
+    plain, wrapped = twins(Auxiliary(), devices)
+    for step in range(3):
+        for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+            net.zero_grad()
+            kept = inner.aux
+            total = sum(net(rows(9, seed=step + index)).square().sum() for index in range(count))
+            assert inner.aux is kept
+            (total + inner.aux.square().sum()).backward()
+        assert_same_gradients(wrapped, plain)
+        assert_same_values(wrapped.module.aux, plain.aux)
+        for inner in (plain, wrapped.module):
+            inner.aux = inner.aux.detach() if step else torch.zeros_like(inner.aux)
+
+
+@every_layout
+def test_what_the_user_has_left_with_its_graph_is_written_to_by_each_tower_on_its_own(devices: list[int]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.state = nn.Linear(3, 2), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state = self.state.detach()
+            self.state.add_(1)
+            out: Tensor = self.fc(x) * self.state
+            return out
+
+    plain, wrapped = twins(Net(), devices)
+    for step in range(3):
+        for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+            inner.state = inner.fc.bias * 2
+            net(rows(9, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+        assert_same_values(wrapped.module.state, plain.state)
