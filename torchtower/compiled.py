@@ -7,8 +7,9 @@ has for each function (`torch._dynamo.config.recompile_limit`), after which it c
 others look while it moves the graph that has been found to the front: who looks then may miss it, and compiles it anew.
 So towers take turns where the inputs, or the state under which they run, are not those of the call before, as another
 graph may be what fits; and in that call's backward, which is compiled when it first runs. Once new sizes bring no new
-graph, one serves all sizes, and calls of other sizes run at once. A graph is of one device: there are as many places
-for each.
+graph, one serves all sizes, and calls of other sizes run at once. There are as many places for each tower as torch has
+for all: a graph is of one device, and where two wrappers call the same code in turns, a graph may be missed after all,
+but in each tower once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Compilation:
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._devices = set(devices)
+        self._num_towers = len(devices)
+        self._kinds = sorted({"cpu", *[device.type for device in devices]})
         self.is_there = False  # whether the module, or a part of it, is compiled
         self._known: set[Any] = set()  # inputs for which something was compiled, and under which state
         self._last: Any = (None, None)  # state and inputs
@@ -65,14 +67,13 @@ class Compilation:
         is_function = is_compiled_function(function)
         if not (self.is_there or is_function):  # nearly always
             return nullcontext(False)
-        kinds = sorted({"cpu", *[device.type for device in self._devices]})
-        autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self._kinds]
         grad_modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         state = (id(function) if is_function else None, is_training(module), *grad_modes, *autocast)
         call = tuple([(tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad) for tensor in inputs])
         last_state, last_call = self._last
         in_turn = state != last_state or (self._is_by_size and call != last_call)
-        return _Watching(in_turn, len(self._devices), functools.partial(self._learn, state, call))
+        return _Watching(in_turn, self._num_towers, functools.partial(self._learn, state, call))
 
     def _learn(self, state: Any, call: Any, has_compiled: bool) -> None:
         self._last = (state, call)
@@ -86,9 +87,9 @@ class _Watching:
     """Within this a call runs that may compile."""
 
     # No generator's context manager, which would write to an error that passes.
-    def __init__(self, in_turn: bool, num_devices: int, learn: Callable[[bool], None]) -> None:
+    def __init__(self, in_turn: bool, num_towers: int, learn: Callable[[bool], None]) -> None:
         self._in_turn = in_turn
-        self._room = _room_for(num_devices)
+        self._room = _room_for(num_towers)
         self._learn = learn
 
     def __enter__(self) -> bool:
@@ -118,9 +119,7 @@ def _num_graphs() -> int:
     return count
 
 
-def _room_for(num_devices: int) -> Any:
-    """Let a function have as many graphs for each device as torch lets it have for one."""
-    if num_devices == 1:
-        return nullcontext()
+def _room_for(num_towers: int) -> Any:
+    """Let a function have as many graphs for each tower as torch lets it have for all."""
     config: Any = torch._dynamo.config
-    return config.patch(recompile_limit=config.recompile_limit * num_devices)
+    return config.patch(recompile_limit=config.recompile_limit * num_towers)

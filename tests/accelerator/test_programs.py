@@ -214,7 +214,7 @@ print(len(model.devices), torch.allclose(model.module.weight.grad.cpu(), plain.w
     assert done.stdout == "4 True\n", done.stderr
 
 
-def test_a_compiled_module_has_as_many_graphs_for_each_device_as_for_one() -> None:
+def test_a_compiled_module_may_have_as_many_graphs_on_each_device_as_on_one() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
