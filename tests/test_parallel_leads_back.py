@@ -266,37 +266,3 @@ def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
             return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
 
     assert_trains_alike(Ensemble(), 3, batch(7))
-
-
-@pytest.mark.parametrize("num_towers", SEVERAL)
-@pytest.mark.parametrize("way", ["closure", "default", "partial", "method"])
-def test_a_module_apart_that_an_attribute_leads_to_is_each_towers_own(way: str, num_towers: int) -> None:
-    met: set[int] = set()
-
-    def call(skeleton: nn.Module, parameters: Any, x: Tensor) -> Tensor:
-        met.add(id(skeleton))
-        out: Tensor = torch.func.functional_call(skeleton, parameters, (x,))
-        return out
-
-    class Apart(OneLayer):
-        def __init__(self) -> None:
-            super().__init__()
-            skeleton = nn.Linear(3, 2, device="meta")
-            self.call = {
-                "closure": lambda parameters, x: call(skeleton, parameters, x),
-                "default": lambda parameters, x, skeleton=skeleton: call(skeleton, parameters, x),
-                "partial": functools.partial(call, skeleton),
-                "method": types.MethodType(call, skeleton),
-            }[way]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.call(dict(self.fc.named_parameters()), x)
-
-    net = Apart().double()
-    expected = torch.autograd.grad(net(batch(7)).square().sum(), list(net.parameters()))
-    met.clear()
-    wrapped = wrap(net, num_towers)
-    wrapped(batch(7)).square().sum().backward()
-    for parameter, grad in zip(net.parameters(), expected, strict=True):
-        assert_close(parameter.grad, grad)
-    assert len(met) == num_towers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import time
-import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, steps_follow, twins, wrap
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
 from tests.modules import AuxiliaryLoss, OneLayer, TrainedWithin
 from torchtower import current_tower
 
@@ -498,72 +497,3 @@ def test_what_a_forward_that_raises_has_left_is_kept_as_in_the_plain_module(num_
     rows = len(wrapped.module[1].feature)
     assert_close(wrapped.module[1].feature, plain[1].feature[:rows])
     assert_close(wrapped(batch(8)), plain(batch(8)))
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize("kind", ["closure", "default", "partial", "method", "list"])
-def test_a_graph_that_a_forward_leaves_in_a_function_is_used_by_the_next(kind: str, num_towers: int) -> None:
-    class Keeping(OneLayer):
-        keep: Any = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            scale = self.fc.weight.tanh().sum()
-            keep, self.keep = (
-                self.keep,
-                {
-                    "closure": lambda x: x * scale,
-                    "default": lambda x, scale=scale: x * scale,
-                    "partial": functools.partial(torch.mul, scale),
-                    "method": types.MethodType(torch.mul, scale),
-                    "list": [functools.partial(torch.mul, scale)],
-                }[kind],
-            )
-            out = self.fc(x)
-            return out if keep is None else (keep[0] if kind == "list" else keep)(out)
-
-    steps_follow(*twins(Keeping(), num_towers), lambda step: batch(7, seed=step))
-
-
-def detached(net: Any) -> Tensor:
-    state: Tensor = net.state.detach()
-    net.state = net.fc.seen = state
-    return state
-
-
-def scale_data(net: Any) -> None:
-    net.state.data *= 0.5
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda net: detached(net).add_(1),
-        lambda net: detached(net).lerp_(net.fc.bias.detach(), 0.25),
-        lambda net: net.state.detach_().mul_(2),
-        scale_data,
-    ],
-    ids=["add_", "lerp_", "detach_", "data"],
-)
-def test_what_a_forward_has_left_with_its_graph_is_written_to_by_each_tower_on_its_own(
-    write: Callable[[Any], Any], num_towers: int
-) -> None:
-    class Net(OneLayer):
-        state = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.state is None:
-                self.state = self.fc.seen = self.fc.weight.sum(1)
-            else:
-                write(self)
-            time.sleep(0.01)  # the others write now
-            out: Tensor = self.fc(x) * (self.state.detach() + self.fc.seen.detach())
-            return out
-
-    plain, wrapped = twins(Net(), num_towers)
-    for step in range(3):
-        for net in (plain, wrapped):
-            net.zero_grad()
-            net(batch(9, seed=step)).square().sum().backward()
-        assert_same_gradients(wrapped, plain)
-        assert_close(wrapped.module.state, plain.state)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.outside import Outside
-from torchtower.parts import ATOMS, SMALL, container_of, is_foreign, is_table, leads_nowhere, parts_of
+from torchtower.parts import SMALL, container_of, leads_nowhere
 from torchtower.remote import memory_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
@@ -75,9 +75,8 @@ def _contents_of(container: Any) -> Iterable[Any]:
 class Original:
     """The modules, parameters and buffers that replicas are made from.
 
-    Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and to which
-    plain attributes lead, lists, dicts and functions there, too, as the plain module would train them; other tensors
-    there are buffers.
+    Beyond ``module.modules()`` and ``module.parameters()``: modules and leaf tensors that require grad and stand in
+    plain attributes, lists and dicts count too, as the plain module would train them; other tensors there are buffers.
     Of those that lie elsewhere than on the main device only the small ones are (a counter on the CPU): a table is left
     alone. Tensors with a graph are no parameters: every replica has leaves of its own for them, see
     `torchtower.replicate`.
@@ -264,7 +263,7 @@ def _are_same(before: list[Any], after: list[Any]) -> bool:
 
 
 def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The modules and tensors that a module's attributes lead to, and the small containers on the way there."""
+    """The modules and tensors that a module's attributes hold, and the small containers they stand in."""
     if is_scripted(module):
         return list(tensors_of(module)), []
     if is_lazy_module(module):
@@ -283,12 +282,14 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
         value = pending.pop()
         if isinstance(value, (nn.Module, Tensor)):
             found.append(value)
-        elif type(value) not in ATOMS and id(value) not in seen and not is_table(value):
-            seen.add(id(value))
-            if (container := container_of(value)) is not None:
-                containers.append(container)
-            if not leads_nowhere(value) and not is_foreign(value):
-                pending.extend(parts_of(value) or ())
+        elif isinstance(value, tuple):
+            if not leads_nowhere(value):
+                pending.extend(iter(value))  # a subclass may have no length
+        elif (container := container_of(value)) is not None and id(container) not in seen:
+            seen.add(id(container))
+            containers.append(container)
+            if not leads_nowhere(container):
+                pending.extend(container.values() if isinstance(container, dict) else container)
     return [value for value in found if value is not None], containers
 
 
