@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tests.helpers import (
+    EVERY_COUNT,
     SEVERAL,
     assert_close,
     assert_same_gradients,
@@ -21,6 +22,8 @@ from tests.helpers import (
     twins,
     wrap,
 )
+from tests.modules import OneLayer
+from torchtower import current_tower
 
 CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
     "to dtype and back": lambda net: net.half().double(),
@@ -341,3 +344,32 @@ def test_buffers_written_from_outside_reach_every_tower() -> None:
     assert torch.equal(wrapped(x), x * 4)
     wrapped.module.scale = torch.tensor([5.0, 6.0, 7.0]).double()
     assert torch.equal(wrapped(x), x * wrapped.module.scale)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("way", ["closure", "nonlocal"])
+def test_what_a_function_closes_over_apart_from_the_module_may_be_bound_anew(way: str, num_towers: int) -> None:
+    scale = torch.zeros(2, dtype=torch.float64)
+
+    def seen(x: Tensor) -> Tensor:
+        nonlocal scale
+        if way == "nonlocal" and current_tower() in (None, 0):
+            scale = scale + 1
+        return x
+
+    class Scaled(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.scale = seen, lambda: scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.seen(self.fc(x)) * (self.scale() if way == "closure" else 1)
+
+    wrapped = wrap(Scaled().double(), num_towers)
+    for step in range(3):
+        if way == "closure":
+            scale = torch.full((2,), float(step), dtype=torch.float64)
+            assert_close(wrapped(batch(8)), wrapped.module.fc(batch(8)) * step)
+        else:
+            wrapped(batch(8))
+            assert scale[0] == step + 1
