@@ -20,6 +20,15 @@ from torchtower import TowerParallel
 # ---- torch.compile
 
 
+class Body(nn.Module):  # torch compiles no nn.Sequential called as such
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
 @pytest.fixture
 def counting_backend() -> Any:
     torch._dynamo.reset()
@@ -36,15 +45,7 @@ def counting_backend() -> Any:
 
 @pytest.mark.parametrize("how", ["torch.compile", "module.compile", "submodule", "compiled forward"])
 def test_a_compiled_inner_module_is_compiled_once_for_all_towers(how: str, counting_backend: Any) -> None:
-    class Net(nn.Module):  # torch compiles no nn.Sequential called as such
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x)
-
-    plain = Net()
+    plain = Body()
     net = copy.deepcopy(plain)
     if how == "torch.compile":
         inner: nn.Module = torch.compile(net, backend=counting_backend, dynamic=False)
@@ -86,15 +87,7 @@ def test_torch_compile_of_the_wrapper_gives_the_same_gradients(counting_backend:
 
 @pytest.mark.parametrize("num_towers", (1, 3))
 def test_compile_of_the_wrapper_compiles_the_module_once_for_all_towers(num_towers: int, counting_backend: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x)
-
-    plain, wrapped = twins(Net(), num_towers)
+    plain, wrapped = twins(Body(), num_towers)
     steps_follow(plain, wrapped, lambda step: batch(6, seed=step))
     wrapped.compile(backend=counting_backend, dynamic=False)
     steps_follow(plain, wrapped, lambda step: batch(6, seed=step))
@@ -112,15 +105,6 @@ def test_torch_compile_of_a_step_around_the_wrapper_works(counting_backend: Any)
     loss_of(wrapped, batch(5)).backward()
     plain(batch(5) * 2).square().sum().backward()
     assert_same_gradients(wrapped, plain)
-
-
-class Body(nn.Module):  # torch compiles no nn.Sequential called as such
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
 
 
 class SlowCompiler:
