@@ -66,7 +66,7 @@ class Compilation:
         """
         is_function = is_compiled_function(function)
         if not (self.is_there or is_function):  # nearly always
-            return nullcontext(False)
+            return _all_at_once
         autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self._kinds]
         grad_modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         state = (id(function) if is_function else None, is_training(module), *grad_modes, *autocast)
@@ -81,6 +81,9 @@ class Compilation:
             self._is_by_size = has_compiled
             if has_compiled:
                 self._known.add(self._last)
+
+
+_all_at_once = nullcontext(False)
 
 
 class _Watching:

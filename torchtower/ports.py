@@ -56,6 +56,7 @@ class Ports:
         self.all = ports
         self.shared = [index for index, port in enumerate(ports) if port.kind == "shared"]
         self.devices = [ports[index].device for index in self.shared]
+        self.is_on_one_device = len(set(self.devices)) == 1
         self.others = [(index, port) for index, port in enumerate(ports) if port.kind != "shared"]
 
 
@@ -75,11 +76,11 @@ def join(
         in_place: the towers' values are nobody else's and may be written to.
     """
     if ports.shared and not ports.others:
-        return _join_shared(ports.devices, local_values, weights, in_place)
+        return _join_shared(ports, local_values, weights, in_place)
     results: list[Grad] = [None] * len(ports.all)
     if ports.shared:  # a call for nothing costs as much as joining a small output
         shared = [[tower[index] for index in ports.shared] for tower in local_values]
-        sums = _join_shared(ports.devices, shared, weights, in_place)
+        sums = _join_shared(ports, shared, weights, in_place)
         for index, total in zip(ports.shared, sums, strict=True):
             results[index] = total
     for index, port in ports.others:
@@ -95,13 +96,15 @@ def without_graph(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _join_shared(
-    devices: list[torch.device], local_values: list[list[Grad]], weights: list[float], in_place: bool
-) -> list[Grad]:
+def _join_shared(ports: Ports, local_values: list[list[Grad]], weights: list[float], in_place: bool) -> list[Grad]:
     sums = weighted_sum(local_values, weights, in_place=in_place)
+    # All sums lie on one device. If the ports do, too, and that is the same, nothing needs to be moved.
+    first = sums[0]
+    if ports.is_on_one_device and first is not None and first.device == ports.devices[0]:
+        return sums
     return [
         total if total is None or total.device == device else move(total, device)
-        for total, device in zip(sums, devices, strict=True)
+        for total, device in zip(sums, ports.devices, strict=True)
     ]
 
 

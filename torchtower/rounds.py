@@ -10,7 +10,15 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
-_local = threading.local()
+
+class _Here(threading.local):
+    """What this thread is doing; for one that is no tower's, these are not set."""
+
+    tower_index: int | None = None
+    round: Round | None = None
+
+
+_local = _Here()
 _IN_BACKWARD = "; what a forward leaves in an attribute goes backward in the main tower alone: return it as an output"
 
 
@@ -24,7 +32,7 @@ def current_tower() -> int | None:
         >>> current_tower() is None
         True
     """
-    return getattr(_local, "tower_index", None)
+    return _local.tower_index
 
 
 def become_tower(tower_index: int) -> None:
@@ -40,19 +48,18 @@ def exchange(value: Any) -> list[Any]:
     Raises:
         RuntimeError: this is no tower's thread, or some tower finished without coming.
     """
-    round_: Round | None = getattr(_local, "round", None)
-    if round_ is None:
+    round_, tower_index = _local.round, _local.tower_index
+    if round_ is None or tower_index is None:
         raise RuntimeError("tower_sum: expected to be called in a tower, but this is no tower's thread")
-    return round_.exchange(value)
+    return round_.exchange(tower_index, value)
 
 
 def weight_of_tower() -> float | None:
     """This tower's weight in the current backward, relative to the largest; None outside of a backward."""
-    round_: Round | None = getattr(_local, "round", None)
-    if round_ is None or round_.weights is None:
+    round_, tower_index = _local.round, _local.tower_index
+    if round_ is None or tower_index is None or round_.weights is None:
         return None
-    weight: float = round_.weights[_local.tower_index]
-    return weight / max(round_.weights)
+    return round_.weights[tower_index] / max(round_.weights)
 
 
 class DesertedError(RuntimeError):
@@ -194,9 +201,9 @@ class Round:
                 arrival.answer = answer
         return waiting
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, tower_index: int, value: Any) -> list[Any]:
         """In a tower's thread: see `exchange`."""
-        arrival = _Arrival(_local.tower_index, value)
+        arrival = _Arrival(tower_index, value)
         self._arrivals.append(arrival)
         self._reports.put(None)
         answer = arrival.gate.get()
@@ -204,9 +211,8 @@ class Round:
             raise DesertedError(*answer.args)
         return list(answer)
 
-    def work(self) -> None:
+    def work(self, tower_index: int) -> None:
         """In a tower's thread: do its job, if that has not been begun, and report."""
-        tower_index = _local.tower_index
         try:
             if tower_index not in self._begun:
                 self._begun[tower_index] = threading.get_ident()

@@ -31,7 +31,7 @@ class Streams:
 
     def current(self) -> AbstractContextManager[None]:
         """Make them current in this thread; its current device stays."""
-        return _Current(self._streams) if self._streams else nullcontext()
+        return _Current(self._streams) if self._streams else _as_it_is
 
     def synchronize(self) -> None:
         """Wait for all that was enqueued: no stream orders those who read what lies on the CPU."""
@@ -54,6 +54,9 @@ class _Current(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         _make_current(self._before, self._index)
+
+
+_as_it_is = nullcontext()
 
 
 @functools.cache

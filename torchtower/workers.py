@@ -232,7 +232,7 @@ def _work(
                     if round_ is None and (round_ := inbox.get()) is None:
                         empty_queue()
                         return
-                    round_.work()
+                    round_.work(tower_index)
                     round_ = None
                 except BaseException:
                     continue
