@@ -266,3 +266,21 @@ def test_an_ensemble_with_a_skeleton_on_the_meta_device_works() -> None:
             return torch.func.vmap(lambda p: torch.func.functional_call(one, p, (x,)))(stacked).mean(0)
 
     assert_trains_alike(Ensemble(), 3, batch(7))
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_a_bound_method_of_a_parameter_is_that_of_the_replicas_own(towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.product = self.fc.weight.matmul
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.product(x.T).T
+
+    net = Net().double()
+    wrapped = wrap(net, towers)
+    x = batch(9)
+    (grad,) = torch.autograd.grad(wrapped(x).square().sum(), net.fc.weight)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), net.fc.weight)
+    assert_close(grad, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
 import types
 from collections.abc import Callable
@@ -259,3 +260,116 @@ def test_what_a_forward_adds_to_a_list_of_two_modules_is_added_once(num_towers: 
         wrapped(torch.ones(8, 3))
         assert list(log) == list(range(2 * calls))
         assert net[0].log is log and net[2].log is log
+
+
+def _made_twice(make: Callable[[], nn.Module], towers: int) -> tuple[nn.Module, Any]:
+    """Twins whose functions refer to what is their own: a copy's would refer to the first one's."""
+    plain, other = make().double(), make().double()
+    other.load_state_dict(plain.state_dict())
+    return plain, wrap(other, towers)
+
+
+def _closing_over(features: dict[str, Any]) -> Callable[..., None]:
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        features["h"] = output
+
+    return keep
+
+
+def _by_default(features: dict[str, Any]) -> Callable[..., None]:
+    def keep(module: nn.Module, args: Any, output: Tensor, into: dict[str, Any] = features) -> None:
+        into["h"] = output
+
+    return keep
+
+
+def _put(features: dict[str, Any], module: nn.Module, args: Any, output: Tensor) -> None:
+    features["h"] = output
+
+
+def _by_partial(features: dict[str, Any]) -> Callable[..., None]:
+    return functools.partial(_put, features)
+
+
+def _by_bound_method(features: dict[str, Any]) -> Callable[..., None]:
+    put = features.__setitem__
+    return lambda module, args, output: put("h", output)
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+@pytest.mark.parametrize("hook_of", [_closing_over, _by_default, _by_partial, _by_bound_method])
+def test_a_forward_finds_in_its_attribute_what_a_hook_has_put_there(
+    hook_of: Callable[[dict[str, Any]], Any], towers: int
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+            features: dict[str, Any] = {}
+            self.layer.register_forward_hook(hook_of(features))
+            self.features = features
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.features.clear()
+            y: Tensor = self.head(self.layer(x))
+            return y * self.features["h"].sum(1, keepdim=True)
+
+    plain, wrapped = _made_twice(Net, towers)
+    features = wrapped.module.features
+    for rows in (9, 5, 9):
+        x = batch(rows)
+        outputs = [net(x) for net in (plain, wrapped)]
+        assert_close(outputs[1], outputs[0])
+        for out in outputs:
+            out.square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+    assert wrapped.module.features is features and list(features) == ["h"]
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_what_a_forward_adds_by_a_bound_method_is_in_its_attribute(towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+            self.note = self.seen.append
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.note(1)
+            y: Tensor = self.fc(x)
+            return y * len(self.seen)
+
+    plain, wrapped = _made_twice(Net, towers)
+    for calls in range(1, 4):
+        assert_close(wrapped(batch(6)), plain(batch(6)))
+        assert wrapped.module.seen == [1] * calls
+
+
+def test_a_name_that_a_hook_closes_over_may_be_bound_anew_beside_an_attribute() -> None:
+    calls = 0
+
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+            self.fc.register_forward_hook(self.counting(self.seen))
+
+        @staticmethod
+        def counting(seen: list[int]) -> Callable[..., None]:
+            def count(*_: object) -> None:
+                nonlocal calls
+                with lock:
+                    calls += 1
+                seen.append(calls)
+
+            return count
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x)
+            return y
+
+    lock = threading.Lock()
+    wrapped = wrap(Net().double(), 2)
+    for _ in range(3):
+        wrapped(batch(6))
+    assert calls == 6 and len(wrapped.module.seen) == 3

@@ -133,6 +133,7 @@ class Original:
         self._scripted = list(filter(is_scripted, self.modules))
         self.outside = Outside(self.modules)
         self._graphs = list(chain.from_iterable([self._held[id(module)].graphs for module in self.modules]))
+        self.containers = {id(container) for held in held_by.values() for container in held.containers}  # in attributes
         self._watch_again(None if changed is None or not _are_same(before, self.modules) else changed)
         self._known_facts = self._facts()
 
@@ -193,7 +194,8 @@ class Original:
         """Take changes of our own making in these modules for seen, that brought these tensors with graphs."""
         for module in changed:
             self._watch.remember(self.index_of[id(module)])
-            self._held[id(module)] = _held_by(module)
+            held = self._held[id(module)] = _held_by(module)
+            self.containers.update(map(id, held.containers))
         self._graphs = [reference for reference in self._graphs if reference() is not None]
         self._graphs.extend(map(weakref.ref, graphs))
 

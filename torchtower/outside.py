@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torchtower.parts import cell_content, container_of
+from torchtower.parts import BOUND, cell_content, container_of
 
 _LAST = 1024
 _FEW = 256
@@ -77,7 +77,7 @@ class Outside:
                 pending.extend((value.__func__, value.__self__))
             elif isinstance(value, functools.partial):
                 pending.extend((value.func, *value.args, *value.keywords.values()))
-            elif isinstance(value, types.BuiltinMethodType):  # ``features.append``
+            elif isinstance(value, BOUND):
                 pending.append(value.__self__)
             elif (holder := _holder_in(value)) is not None:
                 self._roots.append(holder)

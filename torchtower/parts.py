@@ -20,6 +20,7 @@ from torchtower._extension import holds_only
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS = (*_DICTS, list, set, deque)
 _LISTED = frozenset({dict, OrderedDict, Counter, list, set, deque, tuple, frozenset})  # hold what they list, no more
+BOUND = (types.BuiltinMethodType, types.MethodWrapperType)  # methods of what is not made in Python: ``features.append``
 # A larger container, or tensor apart from the module's device, is a table (a vocabulary, say): shared by all towers,
 # neither copied nor compared.
 SMALL = 1024
@@ -114,7 +115,7 @@ def parts_of(value: Any, *, deep: bool = False) -> list[Any] | None:
         return [value.func, *value.args, *value.keywords.values()]
     if kind is types.MethodType:
         return [value.__self__, value.__func__]
-    if kind is types.BuiltinMethodType and type(value.__self__) in CONTAINERS:
+    if kind in BOUND and (type(value.__self__) in CONTAINERS or isinstance(value.__self__, Tensor)):
         return [value.__self__]
     if kind is weakref.ref:
         return [value()]

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
-from torchtower.parts import container_of, leads_nowhere, parts_of
+from torchtower.parts import BOUND, container_of, leads_nowhere, parts_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import is_scripted
 
 # Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
-_CALLABLES = (types.FunctionType, functools.partial, types.MethodType, types.BuiltinMethodType)
+_CALLABLES = (types.FunctionType, functools.partial, types.MethodType, *BOUND)
 _DELETED = object()
 _ALL, _ADDED = "all", "added"  # stand for the name of what a list or set holds
 

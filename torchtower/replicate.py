@@ -158,6 +158,7 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
+        self._to_replica.in_attributes = self._original.containers
         self._to_replica.met = []
         sources = self._original.graphs_of(module)
         self._links.pop(id(module), None)

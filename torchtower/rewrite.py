@@ -13,6 +13,7 @@ import sys
 import types
 import weakref
 from collections import defaultdict
+from collections.abc import Container
 from operator import is_not
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torchtower.nested import rebuild_tuple
 from torchtower.parts import (
     ATOMS,
+    BOUND,
     CONTAINERS,
     MANY,
     cell_content,
@@ -46,7 +48,7 @@ class _Pair:
         self.twin = twin
 
 
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, *BOUND)
 
 
 class Translation:
@@ -54,8 +56,8 @@ class Translation:
 
     Args:
         deep: look into objects of any class. Else small containers are copied even where nothing in them is translated,
-            so that what one side adds to them does not reach the other. Those that functions refer to stay shared,
-            where they lead to nothing that is translated: a hook may collect there.
+            so that what one side adds to them does not reach the other. Those that functions alone refer to stay
+            shared, where they lead to nothing that is translated: a hook may collect there.
         left_behind: deep, and into modules; a forward has made what leads from there to its own modules, parameters
             and buffers, and objects among it are noted, see `torchtower.parts`. What has been copied once is in the
             table from then on.
@@ -64,6 +66,7 @@ class Translation:
     def __init__(self, *, deep: bool = False, left_behind: bool = False) -> None:
         self.deep = deep or left_behind
         self.left_behind = left_behind
+        self.in_attributes: Container[int] = ()  # ids of containers that attributes hold: copied for functions, too
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
         # Those met since this was replaced: as long as somebody holds on to one, its copy stays the same.
@@ -123,7 +126,7 @@ class _Copy:
             if is_inner:
                 inner.update(map(id, parts))
             for part in parts:
-                if id(part) in self._table:
+                if id(part) in self._table or (is_inner and self._is_in_attribute(part)):
                     leading.add(id(holder))
                 elif id(part) in holders_of:
                     holders_of[id(part)].append(id(holder))
@@ -143,6 +146,10 @@ class _Copy:
             return [value._modules] if isinstance(value, nn.DataParallel) else list(vars(value).values())
         return parts_of(value, deep=self._translation.deep)
 
+    def _is_in_attribute(self, value: Any) -> bool:
+        ids = self._translation.in_attributes
+        return bool(ids) and id(container_of(value)) in ids
+
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
         if type(value) in ATOMS:
@@ -152,7 +159,7 @@ class _Copy:
         if id(value) in self._done:
             return self._done[id(value)]
         is_tuple = is_plain_tuple(type(value)) and not leads_nowhere(value)
-        copy = copy and (is_tuple or container_of(value) is not None)
+        copy = (copy and (is_tuple or container_of(value) is not None)) or self._is_in_attribute(value)
         if id(value) not in self._leading and not copy:
             return value
         if isinstance(value, nn.Module):
@@ -232,7 +239,7 @@ class _Copy:
             return functools.partial(parts[0], *parts[1:split], **dict(zip(value.keywords, parts[split:], strict=True)))
         if isinstance(value, types.MethodType):
             return types.MethodType(parts[1], parts[0])
-        if isinstance(value, types.BuiltinMethodType):
+        if isinstance(value, BOUND):
             return getattr(parts[0], value.__name__)
         if isinstance(value, weakref.WeakMethod):
             method: Any = value()
@@ -246,7 +253,7 @@ class _Copy:
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         def leads(part: Any) -> bool:
-            return id(part) in self._table or id(part) in self._leading
+            return id(part) in self._table or id(part) in self._leading or self._is_in_attribute(part)
 
         # A cell is shared unless what it holds must be another, so that a hook's ``nonlocal`` reaches its user.
         cells = value.__closure__ or ()
