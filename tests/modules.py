@@ -131,6 +131,25 @@ class Checkpointed(nn.Module):
         return checkpoint(lambda x: self.last(x.tanh()), x, use_reentrant=self.reentrant)
 
 
+class Switching(nn.Module):
+    """Runs one layer or another, in a checkpoint, by the state that the module is in."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.trained, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.reentrant = reentrant
+        self.power = 1
+
+    def _run(self, x: Tensor) -> Tensor:
+        layer = self.trained if self.training else self.other
+        y: Tensor = layer(x).tanh() ** self.power
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self._run, x, use_reentrant=self.reentrant)
+        return y
+
+
 def batch_norm_net(outputs: int = 2, **options: Any) -> nn.Sequential:
     """Batch normalisation between two layers."""
     norm = nn.BatchNorm1d(4, **options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, in_threads, mlp, twins, wrap
-from tests.modules import Scaled
+from tests.modules import Scaled, Switching
 from torchtower import TowerParallel
 from torchtower.held import HeldGradients
 
@@ -96,6 +96,63 @@ def test_the_mean_of_buffers_leaves_alone_what_all_towers_agree_on(num_towers: i
     for _ in range(20):
         wrapped(batch(7))
     assert torch.equal(wrapped.module.scale, before)
+
+
+# ---- a state that changes for another call
+
+
+def evaluated_in_another_mode(net: Net) -> None:
+    loss = net(batch(7, requires_grad=True)).square().sum()
+    net.eval()
+    with torch.no_grad():
+        net(batch(5, seed=1))
+    net.train()
+    loss.backward()
+
+
+def called_with_another_attribute(net: Net) -> None:
+    inner: Any = getattr(net, "module", net)
+    loss = net(batch(7, requires_grad=True)).square().sum()
+    inner.power = 3
+    other = net(batch(5, seed=1, requires_grad=True)).square().sum()
+    other.backward()
+    inner.power = 1
+    loss.backward()
+
+
+@pytest.mark.parametrize("program", [evaluated_in_another_mode, called_with_another_attribute])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_checkpoint_goes_backward_in_the_state_that_the_module_is_in(
+    program: Callable[[Net], None], reentrant: bool, num_towers: int
+) -> None:
+    plain, wrapped = twins(Switching(reentrant), num_towers)
+    for net in (plain, wrapped):
+        program(net)
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_what_towers_have_left_for_their_backwards_stays_if_only_they_were_called(num_towers: int) -> None:
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.fc.register_full_backward_hook(self.scale)
+
+        def scale(self, layer: nn.Module, grad_inputs: Any, grad_outputs: Any) -> None:
+            seen.append(len(self.last) == len(grad_outputs[0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x.detach()
+            y: Tensor = self.fc(x)
+            return y
+
+    seen: list[bool] = []
+    wrapped = wrap(Remembering().double(), num_towers)
+    two_losses = [wrapped(batch(7, seed=seed)).sum() for seed in (0, 1)]
+    sum(two_losses).backward()  # type: ignore[attr-defined]
+    assert seen == [True] * 2 * num_towers
 
 
 # ---- batches that are written over

@@ -203,6 +203,18 @@ def test_data_that_a_forward_assigns_are_kept_and_trained(num_towers: int) -> No
     assert_close(wrapped(batch(7)), plain(batch(7)))
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_data_that_a_forward_assigns_in_inference_mode_are_trained_on(num_towers: int) -> None:
+    plain, wrapped = twins(Clamped(), num_towers)
+    for net in (plain, wrapped):
+        with torch.inference_mode():
+            net(batch(8))
+        for step in range(2):
+            net(batch(8, seed=step)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+    assert all(parameter.requires_grad for parameter in wrapped.parameters())
+
+
 def test_data_that_only_another_tower_assigns_are_dropped() -> None:
     class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:

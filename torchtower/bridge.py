@@ -150,6 +150,7 @@ class Bridge:
             )
         with plan.pool.lock, self._family.streams.current():
             try:
+                plan.before_backward(self._family.call)
                 return self._backward(asked, grads)
             finally:
                 plan.on_backward()

@@ -26,13 +26,15 @@ class Plan(NamedTuple):
         ports: of the user's parameters, the first inputs of every bridge.
         buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
-        on_backward: called after every backward, even a failed one; does not keep the towers alive.
+        before_backward: called before every backward with the number of its forward; does not keep the towers alive.
+        on_backward: called after every backward, even a failed one; likewise.
     """
 
     pool: TowerPool
     ports: Ports
     buckets: list[list[int]]
     held: HeldGradients
+    before_backward: Callable[[int], None]
     on_backward: Callable[[], None]
 
 
@@ -47,6 +49,7 @@ class Family:
         streams: of the forward, on which its backwards work too.
         synchronize: whether a backward reduces gradients, or has them kept back.
         in_turn: whether the towers took turns, and do so in backwards.
+        call: the number of the forward among those of the wrapper.
     """
 
     plan: Plan
@@ -55,6 +58,7 @@ class Family:
     streams: Streams
     synchronize: bool
     in_turn: bool
+    call: int
     keeps_graphs: bool = False
     # Weak: a bridge refers to its family, and local graphs must die with the user's last reference to them.
     bridges: list[weakref.ref[Any]] = field(default_factory=list)

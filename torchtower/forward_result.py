@@ -39,6 +39,7 @@ class ForwardResult:
         outputs: one a tower that worked.
         leaves: the shards' leaves, tower-major.
         note_written: told of the modules that the main tower wrote to.
+        call: the number of this call among those of the wrapper.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ForwardResult:
         outputs: list[Any],
         leaves: list[list[Tensor]],
         note_written: Callable[[Iterable[nn.Module]], None],
+        call: int,
     ) -> None:
         self._plan = plan
         self._original = original
@@ -60,6 +62,7 @@ class ForwardResult:
         self._in_turn = plan.pool.took_turns
         self._leaves = leaves
         self._note_written = note_written
+        self._call = call
 
     @property
     def rows(self) -> list[int]:
@@ -80,7 +83,7 @@ class ForwardResult:
             main_inputs[index] = writable(main_inputs[index])
         inputs = self._inputs(main_inputs, len(outputs))
         streams = Streams(plan.pool.devices)
-        family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn)
+        family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn, self._call)
         values = connect_outputs(family, inputs, all_ports, local_outputs)
         begin, end = len(ports), len(all_ports) - len(overwritten)
         for (index, _), value in zip(overwritten, values[end:], strict=True):

@@ -6,8 +6,8 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, starmap
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Towers:
         self._held = held
         self._plan_parameters()
         self._is_following = False
+        self._num_calls = 0
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
         self._compilation = Compilation(devices)
         self._compilation.look_at(self._original.modules, is_all=True)
@@ -103,6 +104,7 @@ class Towers:
         """
         self.pool.share_out_cores()
         self._follow()
+        self._num_calls += 1
         taken: list[list[Tensor]] = [[] for _ in shards.rows]
 
         def job_of(tower: int) -> Callable[[], Any]:
@@ -129,8 +131,9 @@ class Towers:
         shards.pass_on_contents()
         if self._buffers == "mean":
             pool_buffers(self._replicas, shards.rows)
-        written_to = self._written_to.extend
-        return ForwardResult(self._plan, self._original, self._replicas, shards, outputs, taken, written_to)
+        came_out = (shards, outputs, taken)
+        note_written = self._written_to.extend
+        return ForwardResult(self._plan, self._original, self._replicas, *came_out, note_written, self._num_calls)
 
     def _run_jobs(self, jobs: list[Callable[[], Any]], in_turn: bool) -> list[Any]:
         if self._take_gradients() and not self.pool.was_broken_into:
@@ -167,7 +170,11 @@ class Towers:
         if any([replica.parameters.moved() for replica in self._replicas]):
             main = self._replicas[0]
             for index in main.parameters.moved():
-                self._original.parameters[index].data = main.leaves[index].data
+                data = main.leaves[index].data
+                if data.is_inference():  # never to be trained again
+                    with torch.inference_mode(False):
+                        data = data.clone()
+                self._original.parameters[index].data = data
             for replica in self._replicas:
                 replica.parameters.put_back()
 
@@ -235,6 +242,7 @@ class Towers:
             ports=Ports([Port("shared", parameter.device) for parameter in parameters]),
             buckets=[] if on_one_device else cut_buckets(parameters),
             held=self._held,
+            before_backward=functools.partial(_before_backward, weakref.ref(self)),
             on_backward=functools.partial(_note_backward, weakref.ref(self)),
         )
 
@@ -243,9 +251,26 @@ class Towers:
         for replica in self._replicas:
             replica.parameters.forget()
 
+    def _before_backward(self, call: int) -> None:
+        # The last call may have found the module in another state than it is in now, which a checkpoint's backward runs
+        # in: put in evaluation mode, say, for a look at other data.
+        if call != self._num_calls and self._is_changed():
+            self._follow()
+
+    def _is_changed(self) -> bool:
+        """Whether the user has changed the module since replicas followed; else they stay as forwards left them."""
+        main = self._replicas[0]
+        modes = [(main.twin_of(module).training, module.training) for module in self._original.modules]
+        return any(starmap(is_not, modes)) or self._original.is_changed(self._written_to)
+
     def _on_backward(self) -> None:
         self._freshness.on_backward()
         self._written_to += keep_what_was_assigned(self._replicas[0])
+
+
+def _before_backward(reference: weakref.ref[Towers], call: int) -> None:
+    if (towers := reference()) is not None:
+        towers._before_backward(call)
 
 
 def _note_backward(reference: weakref.ref[Towers]) -> None:

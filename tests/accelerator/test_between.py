@@ -21,7 +21,7 @@ from tests.accelerator.towers import (
     twins,
 )
 from tests.helpers import sum_of_squares, take_steps
-from tests.modules import Clamped, Scaled, TrainedWithin, batch_norm_net
+from tests.modules import Clamped, Scaled, Switching, TrainedWithin, batch_norm_net
 from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
 
 
@@ -36,6 +36,20 @@ def test_a_buffer_that_an_earlier_forward_saved_stays_good(devices: list[int], b
         (first + net(rows(8, seed=2)).cpu().sum().to(first.device)).backward()
     assert_same_gradients(wrapped, plain)
     assert_same_values(wrapped.module.scale, plain.scale, rtol=1e-300)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_layout
+def test_a_checkpoint_goes_backward_in_the_state_that_the_module_is_in(devices: list[int], reentrant: bool) -> None:
+    plain, wrapped = twins(Switching(reentrant), devices)
+    for net in (plain, wrapped):
+        loss = net(rows(8).requires_grad_()).square().sum()
+        net.eval()
+        with torch.no_grad():
+            net(rows(5, seed=1))
+        net.train()
+        loss.backward()
+    assert_same_gradients(wrapped, plain)
 
 
 @pytest.mark.parametrize("where", [0, 1, "cpu"])
@@ -169,6 +183,17 @@ def test_data_that_a_forward_assigns_are_kept_and_trained(devices: list[int]) ->
         take_steps(net, optimizer, lambda step: rows(8, seed=step), steps=4, loss=sum_of_squares)
     assert_same_gradients(wrapped, plain)
     assert_same_values(wrapped.module.fc.weight, plain.fc.weight)
+
+
+@every_layout
+def test_data_that_a_forward_assigns_in_inference_mode_are_trained_on(devices: list[int]) -> None:
+    plain, wrapped = twins(Clamped(), devices)
+    for net in (plain, wrapped):
+        with torch.inference_mode():
+            net(rows(8))
+        for step in range(2):
+            net(rows(8, seed=step)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
 
 
 def test_with_one_device_the_module_moves_there_as_nn_data_parallels_does() -> None:
