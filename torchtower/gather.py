@@ -25,23 +25,30 @@ class Column(NamedTuple):
     parts: list[Tensor]  # in tower order
 
 
-def gather_structure(outputs: Sequence[Any], join: Callable[[list[Column]], Iterable[Any]]) -> Any:
+def gather_structure(
+    outputs: Sequence[Any],
+    join: Callable[[list[Column]], Iterable[Any]],
+    to_user: Callable[[Any], Any] = lambda value: value,
+) -> Any:
     """Join the towers' outputs field by field, types kept.
 
     Args:
         outputs: one nested structure a tower that worked.
         join: makes one value of each field's tensors, of all fields at once.
+        to_user: what the user gets of what is alike in every tower and no tensor.
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
         TypeError: a nested tensor, or an object that holds tensors and cannot be made from what it yields.
     """
     columns: list[Column] = []
-    make = _take_apart(outputs, columns, "the output")
+    make = _take_apart(outputs, columns, "the output", to_user)
     return make(iter(join(columns)))
 
 
-def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Callable[[Iterator[Any]], Any]:
+def _take_apart(
+    outputs: Sequence[Any], columns: list[Column], path: str, to_user: Callable[[Any], Any]
+) -> Callable[[Iterator[Any]], Any]:
     """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them."""
     first = outputs[0]
     if isinstance(first, Tensor):
@@ -55,9 +62,9 @@ def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Cal
     children = [None if isinstance(output, PackedSequence) else children_of(output) for output in outputs]
     if children[0] is None:
         if _holds_tensors(first):
-            return _take_apart_elements(outputs, columns, path)
+            return _take_apart_elements(outputs, columns, path, to_user)
         _check_same_everywhere(outputs, path)
-        return lambda values: first
+        return lambda values: to_user(first)
     names = names_of(first)
     for tower, (output, child) in enumerate(zip(outputs, children, strict=True)):
         if not _is_of_kind(output, first) or child is None or not _same_names(names_of(output), first, names):
@@ -69,7 +76,9 @@ def _take_apart(outputs: Sequence[Any], columns: list[Column], path: str) -> Cal
         ]
         children = [[found[name] for name in names] for found in by_name]
     fields = zip(*[child for child in children if child is not None], strict=True)
-    makes = [_take_apart(field, columns, f"{path}[{name!r}]") for name, field in zip(names, fields, strict=True)]
+    makes = [
+        _take_apart(field, columns, f"{path}[{name!r}]", to_user) for name, field in zip(names, fields, strict=True)
+    ]
     before = children[0] or []
     return lambda values: rebuild(first, before, [make(values) for make in makes])
 
@@ -114,7 +123,9 @@ def _same_names(names: list[Any], first: Any, expected: list[Any]) -> bool:
     return names == expected or (isinstance(first, Mapping) and set(names) == set(expected))
 
 
-def _take_apart_elements(outputs: Sequence[Any], columns: list[Column], path: str) -> Callable[[Iterator[Any]], Any]:
+def _take_apart_elements(
+    outputs: Sequence[Any], columns: list[Column], path: str, to_user: Callable[[Any], Any]
+) -> Callable[[Iterator[Any]], Any]:
     """Join objects that hold tensors by what they yield, and make one of that: nn.DataParallel's rule.
 
     That is how a transformer's cache of keys and values travels.
@@ -137,7 +148,7 @@ def _take_apart_elements(outputs: Sequence[Any], columns: list[Column], path: st
         raise refusal from error
     if not any(map(_holds_tensors, yielded[0])):  # something else, its keys say
         raise refusal
-    make_elements = _take_apart(yielded, columns, path)
+    make_elements = _take_apart(yielded, columns, path, to_user)
 
     def make(values: Iterator[Any]) -> Any:
         elements = make_elements(values)

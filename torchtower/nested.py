@@ -30,23 +30,23 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def map_tensors(
-    function: Callable[[Tensor], Any], value: Any, of_empty: Callable[[Any], Any] = lambda empty: empty
+    function: Callable[[Tensor], Any], value: Any, of_other: Callable[[Any], Any] = lambda other: other
 ) -> Any:
     """Rebuild a nested structure with ``function`` of each tensor; all else stays the very same object.
 
     Args:
         function: of each tensor.
         value: the structure.
-        of_empty: what takes the place of an empty container.
+        of_other: what takes the place of an empty container, and of whatever is neither container nor tensor.
     """
     if isinstance(value, Tensor):
         return function(value)
     if type(value) is tuple and value:  # most batches are made of these and tensors alone
-        return tuple([function(v) if isinstance(v, Tensor) else map_tensors(function, v, of_empty) for v in value])
+        return tuple([function(v) if isinstance(v, Tensor) else map_tensors(function, v, of_other) for v in value])
     children = children_of(value)
     if not children:
-        return value if children is None else of_empty(value)
-    return rebuild(value, children, [map_tensors(function, child, of_empty) for child in children])
+        return of_other(value)
+    return rebuild(value, children, [map_tensors(function, child, of_other) for child in children])
 
 
 def children_of(value: Any) -> list[Any] | None:

@@ -212,7 +212,7 @@ class TowerParallel(Steps[Module]):
             rows = zip(*[parts for _, parts in columns], strict=True) if columns else [()] * len(result.rows)
             return result.connect([1.0] * len(result.rows), ports, list(map(list, rows)))
 
-        return gather_structure(result.outputs, join)
+        return gather_structure(result.outputs, join, result.to_user)
 
     def _output_port(self, parts: list[Tensor]) -> Port:
         if parts[0].dim() == 0:

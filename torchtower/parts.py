@@ -21,6 +21,8 @@ _DICTS = (dict, OrderedDict, defaultdict, Counter)
 CONTAINERS = (*_DICTS, list, set, deque)
 _LISTED = frozenset({dict, OrderedDict, Counter, list, set, deque, tuple, frozenset})  # hold what they list, no more
 BOUND = (types.BuiltinMethodType, types.MethodWrapperType)  # methods of what is not made in Python: ``features.append``
+CALLABLES = (types.FunctionType, types.MethodType, functools.partial, *BOUND)
+LEADING = (nn.Module, *CALLABLES)  # what a value is that may lead to a module of the user's, and is no container
 # A larger container, or tensor apart from the module's device, is a table (a vocabulary, say): shared by all towers,
 # neither copied nor compared.
 SMALL = 1024

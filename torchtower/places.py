@@ -6,8 +6,6 @@ parameters, buffers, submodules and hooks, small containers within attributes, a
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Iterator
 from copy import copy
 from itertools import islice
@@ -17,13 +15,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
-from torchtower.parts import BOUND, container_of, leads_nowhere, parts_of
+from torchtower.parts import CALLABLES, container_of, leads_nowhere, parts_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import is_scripted
 
 # Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
-_CALLABLES = (types.FunctionType, functools.partial, types.MethodType, *BOUND)
 _DELETED = object()
 _ALL, _ADDED = "all", "added"  # stand for the name of what a list or set holds
 
@@ -118,7 +115,7 @@ def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
         elif isinstance(value, tuple):
             if value is not copied:
                 pending += [(kind, *pair) for pair in zip(value, copied, strict=True)]
-        elif value is not copied and isinstance(value, _CALLABLES) and id(value) not in seen:
+        elif value is not copied and isinstance(value, CALLABLES) and id(value) not in seen:
             seen.add(id(value))
             parts = zip(parts_of(value) or (), parts_of(copied) or (), strict=True)
             pending += [("outside", *pair) for pair in parts]

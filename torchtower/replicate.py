@@ -93,6 +93,11 @@ class Replica:
         """The replica of one of the original's modules."""
         return self._to_replica.get(module)
 
+    def translate(self, value: Any) -> Any:
+        """What leads to this replica where a value leads to the user's module; the value itself where it does not."""
+        self._to_replica.met = []  # no copy needs to stay the same
+        return self._to_replica(value)
+
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
         self._to_original = None

@@ -24,6 +24,7 @@ from torchtower.nested import rebuild_tuple
 from torchtower.parts import (
     ATOMS,
     BOUND,
+    CALLABLES,
     CONTAINERS,
     MANY,
     cell_content,
@@ -46,9 +47,6 @@ class _Pair:
     def __init__(self, source: Any, twin: Any) -> None:
         self.source = source  # alive, so that its id stays its own
         self.twin = twin
-
-
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, *BOUND)
 
 
 class Translation:
@@ -119,7 +117,7 @@ class _Copy:
         inner: set[int] = set()  # what functions lead to, where a table is a memory of theirs
         while pending and len(holders_of) < self._most:
             holder = pending.pop()
-            is_inner = id(holder) in inner or isinstance(holder, _FUNCTIONS)
+            is_inner = id(holder) in inner or isinstance(holder, CALLABLES)
             if id(holder) in self._table or leads_nowhere(holder) or (is_inner and is_table(holder)):
                 continue
             parts = self._parts(holder) or ()

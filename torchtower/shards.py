@@ -22,6 +22,7 @@ from torchtower.devices import move
 from torchtower.graphs import is_untouched, writable
 from torchtower.local_backward import NO_LEAF
 from torchtower.nested import map_tensors, tensors_in
+from torchtower.parts import LEADING
 from torchtower.ports import Port
 from torchtower.scatter import plan_splits, size_along
 
@@ -107,8 +108,13 @@ class Shards:
             sizes = tuple(part.shape[self._dim] for part in parts)
             self.ports.append(Port("rows", tensor.device, sizes, self._dim))
 
-    def take(self, tower: int, device: torch.device) -> tuple[Any, list[Tensor]]:
+    def take(self, tower: int, device: torch.device, translate: Callable[[Any], Any]) -> tuple[Any, list[Tensor]]:
         """Tower ``tower``'s shard on its device.
+
+        Args:
+            tower: which.
+            device: where to.
+            translate: what leads to the user's module to what leads to the tower's.
 
         Returns:
             The shard, and its leaves in the order of `ports`.
@@ -134,14 +140,14 @@ class Shards:
                 taken[key] = part
             return taken[key]
 
-        def take_empty(container: Any) -> Any:
-            if not isinstance(container, (list, dict, MutableMapping)):
-                return container
-            own = copy.copy(container)
-            self._empty.setdefault(tower, []).append((container, own))
+        def take_other(value: Any) -> Any:
+            if not isinstance(value, (list, dict, MutableMapping)):
+                return translate(value) if isinstance(value, LEADING) else value
+            own = copy.copy(value)
+            self._empty.setdefault(tower, []).append((value, own))
             return own
 
-        return map_tensors(take_tensor, self._batches[tower], take_empty), leaves
+        return map_tensors(take_tensor, self._batches[tower], take_other), leaves
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""

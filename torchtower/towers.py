@@ -111,7 +111,7 @@ class Towers:
             replica = self._replicas[tower]
 
             def job() -> Any:
-                shard, leaves = shards.take(tower, replica.device)
+                shard, leaves = shards.take(tower, replica.device, replica.translate)
                 taken[tower] = leaves
                 return call(replica.module, shard)
 

@@ -308,3 +308,16 @@ def test_mixing_devices_in_a_forward_is_the_towers_error() -> None:
     net = Net().double().to(device(0))
     with pytest.raises(RuntimeError, match=r"two devices.*in tower 1 on device simulated:1"):
         TowerParallel(net, device_ids=[0, 1])(rows(4))
+
+
+@every_layout
+def test_a_part_of_the_module_as_an_argument_is_the_towers_own(devices: list[int]) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+            y: Tensor = self.fc(x) * layer(x)
+            return y
+
+    plain, wrapped = twins(Net(), devices)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        net(rows(9), inner.fc).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
