@@ -115,6 +115,20 @@ def empty_queue() -> None:
     torch.autograd.grad(last, leaf, retain_graph=True)
 
 
+def wait_for_engine(device: torch.device) -> None:
+    """Wait until the engine's thread for a device is through with every backward that has returned.
+
+    It lets go of each after the caller has gone on, and with it of a Python object that `torch.autograd` keeps there: a
+    thread that needs the interpreter for that while it is taken down makes the process abort.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        end = torch.zeros((), device=device, requires_grad=True).clone()
+    # The engine's own call, for which no such object is kept.
+    _engine.run_backward(
+        (end,), (torch.ones_like(end),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
 def local_grad(
     roots: Sequence[Root | None],
     grads: Sequence[Grad],

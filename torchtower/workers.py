@@ -5,6 +5,7 @@ A thread holds nothing of a job once it is done, so that the user's tensors die 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from queue import SimpleQueue
 from typing import Any
@@ -22,7 +24,7 @@ import torch
 from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.generators import Seeds, TowerGenerators
 from torchtower.heap import keep_freed_memory
-from torchtower.local_backward import empty_queue, make_last_node
+from torchtower.local_backward import empty_queue, make_last_node, wait_for_engine
 from torchtower.rounds import Round, become_tower
 from torchtower.thread_state import ThreadState, has_levels, without_parametrization_cache
 from torchtower.tower_random import draw_from, intercept_draws
@@ -30,6 +32,7 @@ from torchtower.tower_random import draw_from, intercept_draws
 Job = Callable[[], Any]
 _STOP_TIMEOUT_S = 5.0
 _pools: weakref.WeakSet[TowerPool] = weakref.WeakSet()
+_accelerators: set[torch.device] = set()  # that towers have worked on
 
 
 class TowerPool:
@@ -48,6 +51,7 @@ class TowerPool:
         keep_freed_memory()
         intercept_draws()  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
+        _accelerators.update(device for device in devices if device.type != "cpu")
         self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
         self._threads: list[_TowerThread] = []
         self._intra_op_threads = 0
@@ -56,7 +60,7 @@ class TowerPool:
         self.took_turns = False  # whether these worked one after the other
         self.was_broken_into = False  # whether the last round was, which may have left anything behind
         self._closed = False
-        self._running = False
+        self.is_running = False
         self.lock = lock
         _pools.add(self)
 
@@ -66,7 +70,7 @@ class TowerPool:
         The share is fixed because the intra-op count changes the bits of some operators.
         """
         share = max(1, torch.get_num_threads() // len(self.devices))
-        if share != self._intra_op_threads and not self._running:
+        if share != self._intra_op_threads and not self.is_running:
             self._end_threads()
             self._intra_op_threads = share
 
@@ -107,7 +111,7 @@ class TowerPool:
             finally:
                 give_back_turn()
 
-        self._running = True  # from here on `close` leaves the threads to this round, whoever calls it
+        self.is_running = True  # from here on `close` leaves the threads to this round, whoever calls it
         try:
             inboxes = list(map(attrgetter("inbox"), self._started()[: len(jobs)]))
             if self._last_round_s > _LONG_ROUND_S:
@@ -117,7 +121,7 @@ class TowerPool:
             run = functools.partial(round_.run, 1 if in_turn else self.max_concurrency)
             interrupt = without_parametrization_cache(run)
         finally:
-            self._running = False
+            self.is_running = False
         self.has_met, self.took_turns = round_.has_met, in_turn
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
@@ -160,7 +164,7 @@ class TowerPool:
     def close(self) -> None:
         """End the threads for good: a later `run` starts new ones, and ends them."""
         self._closed = True
-        if not self._running:  # in the middle of a round, that round ends them
+        if not self.is_running:  # in the middle of a round, that round ends them
             self._end_threads()
 
     def _end_threads(self) -> None:
@@ -272,8 +276,20 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _let_engine_finish() -> None:
+    # A round that never ends, in a daemon thread, may keep the engine's thread for good.
+    if not any(pool.is_running for pool in _pools):
+        for device in _accelerators:
+            with suppress(Exception):  # of a device that is out of order
+                wait_for_engine(device)
+
+
+atexit.register(_let_engine_finish)
+
+
 def _forget_all() -> None:
     global _pause
+    _accelerators.clear()
     _pause = None  # it would wait for the team that the forking thread had, whose other threads do not exist here
     for pool in list(_pools):
         pool.forget()

@@ -196,6 +196,52 @@ print("trained", file=sys.stderr, flush=True)
     assert "ZeroDivisionError" in words if "/" in ending else words == ""
 
 
+_NOTING = """
+import sys, threading, time, torch
+from tests.accelerator import load
+load()
+from torchtower import TowerParallel, workers
+wait = workers.wait_for_engine
+def note(device):
+    wait(device)
+    print("waited for", device, flush=True)
+workers.wait_for_engine = note
+"""
+
+
+def test_a_program_ends_when_the_engine_is_through_with_its_backwards() -> None:
+    """Else it may abort: the engine's threads let go of Python objects after a backward has returned."""
+    program = """
+TowerParallel(torch.nn.Linear(3, 2).to("simulated:0"))(torch.ones(8, 3)).sum().backward()
+torch.set_grad_enabled(False)
+"""
+    done = run_python(_NOTING + program)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["waited for simulated:0", "waited for simulated:1"]
+
+
+def test_a_program_ends_while_a_daemon_goes_backward_for_ever() -> None:
+    program = """
+class Stuck(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        stuck.set()
+        while True:
+            time.sleep(1)
+stuck = threading.Event()
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        return Stuck.apply(super().forward(x))
+model = TowerParallel(Net(3, 2).to("simulated:0"))
+threading.Thread(target=lambda: model(torch.ones(8, 3)).sum().backward(), daemon=True).start()
+stuck.wait()
+"""
+    assert run_python(_NOTING + program).stdout == ""  # whatever becomes of the daemon
+
+
 def test_as_many_devices_as_a_machine_has_work() -> None:
     program = """
 import copy, os, torch
