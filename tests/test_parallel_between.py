@@ -132,6 +132,23 @@ def test_a_checkpoint_goes_backward_in_the_state_that_the_module_is_in(
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("is_refused_before", [True, False])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_change_that_a_call_refuses_is_no_trouble_for_earlier_calls(num_towers: int, is_refused_before: bool) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    losses = [sum(net(batch(7, seed=seed)).square().sum() for seed in (0, 1)) for net in (plain, wrapped)]
+    wrapped.module.add_module("lazy", nn.LazyLinear(3))
+    for after in (False, True):
+        if after or is_refused_before:
+            with pytest.raises(ValueError, match="is lazy"):
+                wrapped(batch(7))
+        if not after:
+            for loss in losses:
+                loss.backward()  # type: ignore[union-attr]
+    del wrapped.module.lazy
+    assert_same_gradients(wrapped, plain)
+
+
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_what_towers_have_left_for_their_backwards_stays_if_only_they_were_called(num_towers: int) -> None:
     class Remembering(nn.Module):

@@ -6,6 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain, starmap
 from operator import attrgetter, is_not
 from typing import Any
@@ -254,8 +255,9 @@ class Towers:
     def _before_backward(self, call: int) -> None:
         # The last call may have found the module in another state than it is in now, which a checkpoint's backward runs
         # in: put in evaluation mode, say, for a look at other data.
-        if call != self._num_calls and self._is_changed():
-            self._follow()
+        if call != self._num_calls and not self._is_following and self._is_changed():
+            with suppress(ValueError):  # the next call is the one to refuse a module
+                self._follow()
 
     def _is_changed(self) -> bool:
         """Whether the user has changed the module since replicas followed; else they stay as forwards left them."""
