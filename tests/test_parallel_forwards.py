@@ -252,3 +252,30 @@ def test_a_buffer_may_change_its_shape_and_dtype(num_towers: int) -> None:
         for net in (plain, wrapped.module):
             net.seen.data = value.clone()
         assert_close(wrapped(batch(8)), plain(batch(8)))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_forward_may_put_its_layers_and_the_keys_of_a_dict_in_another_order(num_towers: int) -> None:
+    class TakingTurns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({name: nn.Linear(3, 2) for name in "abc"})
+            self.calls = {"all": 0, "all but last": -1}
+
+        def forward(self, x: Tensor) -> Tensor:
+            name = next(iter(self.layers))
+            layer = self.layers.pop(name)
+            self.layers[name] = layer
+            key, count = next(iter(self.calls.items()))
+            del self.calls[key]
+            self.calls[key] = count + 1
+            y: Tensor = layer(x)
+            return y
+
+    plain, wrapped = twins(TakingTurns(), num_towers)
+    for step in range(4):
+        for net in (plain, wrapped):
+            net(batch(7, seed=step)).square().sum().backward()
+        assert_same_gradients(wrapped, plain)
+        assert list(wrapped.module.layers) == list(plain.layers)
+        assert list(wrapped.module.calls.items()) == list(plain.calls.items())

@@ -6,9 +6,9 @@ parameters, buffers, submodules and hooks, small containers within attributes, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
-from itertools import islice
+from itertools import filterfalse, islice
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torchtower.scripted import is_scripted
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")
 _DELETED = object()
 _ALL, _ADDED = "all", "added"  # stand for the name of what a list or set holds
+_ORDER = object()  # stands for the name of a dict's keys in their order
 
 
 class Place(NamedTuple):
@@ -42,6 +43,8 @@ class Place(NamedTuple):
         changes = _differences(self.known, self.twin)
         if changes:
             _set_contents(self.known, self.twin)
+        if self.kind == "attributes":  # nobody minds in which order these come
+            changes = [change for change in changes if change[0] is not _ORDER]
         return changes
 
 
@@ -68,21 +71,21 @@ def write_back(written: Written, translate: Translation) -> list[Place]:
     target, num_met = place.target, len(translate.met)
     if not isinstance(target, dict):
         (_set_contents if name is _ALL else _add_contents)(target, translate(value))
+    elif name is _ORDER:
+        _put_in_order(target, map(translate, value))  # a key may be a module
     elif value is _DELETED:
-        target.pop(translate(name), None)  # a key may be a module
+        target.pop(translate(name), None)
     else:
         target[translate(name)] = translate(value)
-    if place.kind == "hooks":
-        _put_in_order(target, [key for key in place.twin if key in target])
     pairs = [(container_of(pair.twin), container_of(pair.source)) for pair in translate.met[num_met:]]
     return [_place("container", target, twin) for target, twin in pairs if twin is not None]
 
 
-def _put_in_order(hooks: Any, keys: list[int]) -> None:
-    """Let these keys come in this order: a forward may have put a hook before others."""
-    if keys != [key for key in hooks if key in keys]:
-        for key in keys:
-            hooks.move_to_end(key)
+def _put_in_order(target: Any, keys: Iterable[Any]) -> None:
+    """Let these keys come last, in this order."""
+    for key in keys:
+        if key in target:
+            target[key] = target.pop(key)
 
 
 def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
@@ -151,4 +154,8 @@ def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
             return [(_ADDED, tuple(added))] if added else []
         return [(_ALL, tuple(now))]
     changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
-    return changed + [(name, _DELETED) for name in before.keys() - now.keys()]
+    changed += [(name, _DELETED) for name in before.keys() - now.keys()]
+    # A layer may have been moved to the end, or a hook put before others.
+    if list(now) != [*filter(now.__contains__, before), *filterfalse(before.__contains__, now)]:
+        changed.append((_ORDER, tuple(now)))
+    return changed
