@@ -7,8 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import chain, starmap
-from operator import attrgetter, is_not
+from itertools import starmap
+from operator import is_not
 from typing import Any
 
 import torch
@@ -16,17 +16,15 @@ from torch import Tensor, nn
 
 from torchtower.collect import cut_buckets
 from torchtower.compiled import Compilation
-from torchtower.devices import move
 from torchtower.family import Plan
 from torchtower.forward_result import ForwardResult
 from torchtower.freshness import Freshness
 from torchtower.held import HeldGradients
+from torchtower.leaf_changes import accumulate, take_gradients, take_over_data, take_over_flags
 from torchtower.left_behind import drop_new_graphs, keep_what_was_assigned
-from torchtower.local_backward import requires_grad
 from torchtower.original import Original
 from torchtower.pooling import pool_buffers
 from torchtower.ports import Port, Ports
-from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
 from torchtower.rounds import add_note
 from torchtower.scripted import is_training
@@ -137,7 +135,7 @@ class Towers:
         return ForwardResult(self._plan, self._original, self._replicas, *came_out, note_written, self._num_calls)
 
     def _run_jobs(self, jobs: list[Callable[[], Any]], in_turn: bool) -> list[Any]:
-        if self._take_gradients() and not self.pool.was_broken_into:
+        if take_gradients(self._replicas) and not self.pool.was_broken_into:
             raise RuntimeError(
                 "TowerParallel: expected gradients to reach the parameters through outputs, attributes or what hooks "
                 "keep, but a backward since the last call went through a tensor that a tower's forward has left "
@@ -146,57 +144,16 @@ class Towers:
         try:
             outputs = self.pool.run(jobs, in_turn=in_turn)
         finally:
-            inner_gradients = self._take_gradients()
+            parameters = self._original.parameters
+            inner_gradients = take_gradients(self._replicas)
             self.went_backward = bool(inner_gradients)
-            self._take_over_flags()
-            self._take_over_data()
+            if take_over_flags(parameters, self._replicas[0].leaves):
+                self._plan_parameters()
+                self._original.forget()
+            take_over_data(parameters, self._replicas)
         if inner_gradients:
-            self._accumulate_inner_gradients(inner_gradients)
+            accumulate(parameters, inner_gradients)
         return outputs
-
-    def _take_over_flags(self) -> None:
-        """Freeze and thaw the parameters that the main tower's forward has frozen and thawed."""
-        parameters = self._original.parameters
-        leaves = self._replicas[0].leaves
-        now = requires_grad(leaves)
-        if now != requires_grad(parameters):
-            for parameter, leaf, flag in zip(parameters, leaves, now, strict=True):
-                if not leaf.is_inference():  # which can have no flag
-                    parameter.requires_grad_(flag)
-            self._plan_parameters()
-            self._original.forget()
-
-    def _take_over_data(self) -> None:
-        """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone."""
-        if any([replica.parameters.moved() for replica in self._replicas]):
-            main = self._replicas[0]
-            for index in main.parameters.moved():
-                data = main.leaves[index].data
-                if data.is_inference():  # never to be trained again
-                    with torch.inference_mode(False):
-                        data = data.clone()
-                self._original.parameters[index].data = data
-            for replica in self._replicas:
-                replica.parameters.put_back()
-
-    def _take_gradients(self) -> list[list[Grad]]:
-        """What the replicas' leaves have been given beside a backward of ours, tower-major; [] if nothing."""
-        leaves = [replica.leaves for replica in self._replicas]
-        if {type(None)}.issuperset(map(type, map(attrgetter("grad"), chain.from_iterable(leaves)))):  # nearly always
-            return []
-        towers: list[list[Grad]] = [[leaf.grad for leaf in replica.leaves] for replica in self._replicas]
-        for replica in self._replicas:
-            for leaf in replica.leaves:
-                leaf.grad = None
-        return towers
-
-    def _accumulate_inner_gradients(self, towers: list[list[Grad]]) -> None:
-        """Give the parameters what a backward within the forward has left in the replicas, summed over towers."""
-        totals = weighted_sum(towers, [1.0] * len(towers), in_place=False)
-        for parameter, total in zip(self._original.parameters, totals, strict=True):
-            if total is not None:
-                total = move(total, parameter.device)
-                parameter.grad = total if parameter.grad is None else parameter.grad + total
 
     def _follow(self) -> None:
         """Let the replicas be as the module is now; what an error or an interrupt has broken off is begun anew."""
