@@ -383,3 +383,46 @@ def test_a_tensor_that_a_forward_lets_be_trained_is_trained_in_the_next(num_towe
             if not step:
                 inner.state.grad = None
         assert_close(pairs[1][1].state.grad, pairs[0][1].state.grad)
+
+
+class Rectifying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        return y
+
+
+def weighted(net: nn.Module, h: Tensor) -> tuple[Tensor, int]:
+    return net(h).mean(), 0 if current_tower() == 1 else len(h)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_tower_losses_forward_writes_into_its_input_is_in_the_graph(num_towers: int, rows: int) -> None:
+    plain, wrapped = twins(Rectifying(), num_towers)
+    encoders = [nn.Linear(3, 3).double() for _ in range(2)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    for net, encoder in zip((plain, wrapped), encoders, strict=True):
+        h = encoder(batch(rows))
+        loss = net(h).mean() if net is plain else wrapped.tower_loss(lambda net, h: net(h).mean(), h)
+        (loss + h.sum()).backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_gradients(encoders[1], encoders[0])
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_so_it_is_of_a_tower_without_weight(num_towers: int) -> None:
+    plain, wrapped = twins(Rectifying(), num_towers)
+    encoders = [nn.Linear(3, 3).double() for _ in range(2)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    counts = [part.numel() for part in torch.arange(12).tensor_split(num_towers)]
+    weights = torch.cat([torch.full((count,), float(tower != 1)) for tower, count in enumerate(counts)])
+    for net, encoder in zip((plain, wrapped), encoders, strict=True):
+        h = encoder(batch(12))
+        loss = (net(h)[:, 0] * weights).sum() / weights.sum() if net is plain else wrapped.tower_loss(weighted, h)
+        (loss + h.sum()).backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_gradients(encoders[1], encoders[0])

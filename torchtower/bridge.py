@@ -175,7 +175,8 @@ class Bridge:
             held.drop(compress(parameters, accumulated))
         if any(map(is_, values, repeat(None))):
             without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]
-            spare_hooks(chain(without, leaves_of(without)))
+            sources = [source for tensor in without if (source := _held_for(tensor)) is not None]
+            spare_hooks(chain(sources, leaves_of(without)))
         is_whole = len(family.bridges) == 1 and asked.all and all(grad is not None for grad in grads)
         if is_whole and not (keep or family.keeps_graphs):
             family.aliases.forget()  # no graph has saved anything any more
@@ -269,6 +270,12 @@ class Bridge:
     def free(self) -> None:
         """Let go of the local graphs."""
         self._roots = None
+
+
+def _held_for(tensor: Tensor) -> Tensor | None:
+    """The user's tensor that this one holds the graph of; itself where it is the user's."""
+    reference = getattr(tensor, "held_for", None)
+    return tensor if reference is None else reference()
 
 
 def _is_on_cpu(part: Grad) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchtower.bridge import connect_outputs
 from torchtower.family import Family, Inputs, Plan
-from torchtower.graphs import is_untouched, writable
+from torchtower.graphs import held_as_is, is_untouched, writable
 from torchtower.left_behind import LeftBehind
 from torchtower.local_backward import requires_grad
 from torchtower.original import Original
@@ -65,6 +65,11 @@ class ForwardResult:
         self._call = call
 
     @property
+    def has_overwritten(self) -> bool:
+        """Whether towers have written into inputs that need gradients."""
+        return bool(self._shards.overwritten())
+
+    @property
     def rows(self) -> list[int]:
         """Rows of each tower's shard."""
         return self._shards.rows
@@ -73,14 +78,13 @@ class ForwardResult:
         """Give ``outputs`` (tower-major) their place in the user's graph; takes over what the main tower wrote."""
         plan, shards = self._plan, self._shards
         left_behind = LeftBehind(self._original, self._replicas, self._leaves)
-        # Rows that are weighted on the way back would be the user's only in part.
-        overwritten = shards.overwritten() if set(weights) == {1.0} else []
-        more = left_behind.columns(len(outputs)) + [(shards.ports[index], parts) for index, parts in overwritten]
+        overwritten = shards.overwritten()
+        written = [(shards.ports[index].written(), parts) for index, parts in overwritten]
+        more = left_behind.columns(len(outputs)) + written
         all_ports = [*ports, *[port for port, _ in more]]
         local_outputs = [[*own, *[parts[tower] for _, parts in more]] for tower, own in enumerate(outputs)]
-        main_inputs = list(shards.main_inputs)
-        for index, _ in overwritten:  # the bridge keeps hold of what they were
-            main_inputs[index] = writable(main_inputs[index])
+        # The bridge keeps hold of what they were: the user, too, may write into them before a double backward.
+        main_inputs = [held_as_is(tensor) for tensor in shards.main_inputs]
         inputs = self._inputs(main_inputs, len(outputs))
         streams = Streams(plan.pool.devices)
         family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn, self._call)

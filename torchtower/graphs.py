@@ -21,6 +21,17 @@ def writable(leaf: Tensor) -> Tensor:
     return result
 
 
+def held_as_is(tensor: Tensor) -> Tensor:
+    """A tensor with the graph that this one has now, whatever is written into it later; a leaf itself."""
+    if tensor.grad_fn is None:
+        return tensor
+    with torch.enable_grad():
+        held = writable(tensor)
+    source: Any = held
+    source.held_for = weakref.ref(tensor)
+    return held
+
+
 def is_untouched(tensor: Tensor) -> bool:
     """Whether what `writable` returned has been written into by nothing that autograd knows of."""
     return _is_writable(tensor.grad_fn)

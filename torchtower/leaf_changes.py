@@ -65,4 +65,8 @@ def accumulate(parameters: Sequence[Tensor], towers: list[list[Grad]]) -> None:
     for parameter, total in zip(parameters, totals, strict=True):
         if total is not None:
             total = move(total, parameter.device)
-            parameter.grad = total if parameter.grad is None else parameter.grad + total
+            grad = parameter.grad
+            if grad is not None and grad.layout == total.layout:
+                grad += total  # the user's tensor stays the same, as in the plain module
+            else:
+                parameter.grad = total if grad is None else grad + total

@@ -93,8 +93,10 @@ def _own(grad: Grad) -> Grad:
     """
     if type(grad) is not Tensor or grad.layout is not torch.strided:
         return grad
-    uses = _storage_use_count(grad.untyped_storage()._cdata)
-    return grad if uses <= 2 else grad.clone()  # by the gradient and the storage object
+    storage = grad.untyped_storage()
+    uses = _storage_use_count(storage._cdata)
+    # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
+    return grad if uses <= 2 and storage.resizable() else grad.clone()
 
 
 def make_last_node() -> None:

@@ -73,7 +73,7 @@ def mean_over_towers(result: ForwardResult, pairs: list[tuple[Tensor, Any]], dev
     raw = [row if weight is None else weight for row, (_, weight) in zip(rows, pairs, strict=True)]
     weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
     losses = [loss for loss, _ in pairs]
-    if 0 in weights and result.towers_met:
+    if 0 in weights and (result.towers_met or result.has_overwritten):
         losses = [loss if weight else silenced(loss) for loss, weight in zip(losses, weights, strict=True)]
         weights = [weight or max(weights) for weight in weights]
     (mean,) = result.connect(weights, [Port("shared", device)], [[loss] for loss in losses])

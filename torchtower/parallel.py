@@ -273,7 +273,7 @@ class TowerParallel(Steps[Module]):
         batch, kwargs = self._moved((batch, kwargs))
         loss, weight = loss_and_weight(loss_fn(self._module_here(), *batch, **kwargs), 0)
         normalized_weights([1.0 if weight is None else weight], 1, "TowerParallel.tower_loss")
-        self.tower_losses = [loss.detach()]
+        self.tower_losses = [loss.detach().clone()]
         return loss
 
     def _tower_loss_on_towers(self, loss_fn: Callable[..., Any], batch: Any, kwargs: Any) -> Tensor:

@@ -17,7 +17,8 @@ class Port(NamedTuple):
     """How one value crosses the bridge.
 
     Args:
-        kind: ``"shared"``, ``"rows"`` or ``"solo"``.
+        kind: ``"shared"``, ``"rows"``, ``"written"`` (rows of the batch that towers have written to: the user's as they
+            are, so that a gradient of theirs is to come back unweighted) or ``"solo"``.
         device: where its value on the main side lives.
         sizes: of rows: how many each tower has along ``dim``; None for 0-d tensors, one element a tower.
         dim: of rows.
@@ -29,6 +30,10 @@ class Port(NamedTuple):
     sizes: tuple[int, ...] | None = None
     dim: int = 0
     tower: int = 0
+
+    def written(self) -> Port:
+        """How what towers have written there comes out; that everybody's is one tower's alone."""
+        return self._replace(kind="written") if self.kind == "rows" else self
 
     def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:
         """The part of ``value`` that each tower gets, still on the main side's device."""
@@ -42,7 +47,10 @@ class Port(NamedTuple):
             value = value.to_dense()
         if self.sizes is None:
             return list(value.unbind())
-        return list(value.split_with_sizes(list(self.sizes), self.dim))
+        parts = value.split_with_sizes(list(self.sizes), self.dim)
+        if self.kind == "written":  # undoes the weights that the way back applies
+            return [part if weight == 1 else part / weight for part, weight in zip(parts, weights, strict=True)]
+        return list(parts)
 
 
 class Ports:
@@ -84,8 +92,9 @@ def join(
         for index, total in zip(ports.shared, sums, strict=True):
             results[index] = total
     for index, port in ports.others:
-        if port.kind == "rows":
-            results[index] = _join_rows(port, [tower[index] for tower in local_values], weights)
+        if port.kind in ("rows", "written"):
+            scale = weights if port.kind == "rows" else [1.0] * len(weights)
+            results[index] = _join_rows(port, [tower[index] for tower in local_values], scale, in_place)
         else:
             results[index] = local_values[port.tower][index]
     return results
@@ -108,7 +117,7 @@ def _join_shared(ports: Ports, local_values: list[list[Grad]], weights: list[flo
     ]
 
 
-def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:
+def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float], in_place: bool) -> Grad:
     like = next((part for part in parts if part is not None), None)
     if like is None:
         return None
@@ -122,5 +131,5 @@ def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float]) -> Grad:
         part = move(part, port.device)
         whole.append(part if weight == 1 else part * weight)
     if len(whole) == 1 and port.sizes is not None:
-        return whole[0]
+        return whole[0] if in_place else whole[0].clone()  # a copy, as several towers' rows are
     return cat_rows(whole, port.dim)
