@@ -425,3 +425,34 @@ def test_statistics_are_tracked_or_not_as_the_module_says_now() -> None:
         assert_close(wrapped(batch(7)), plain(batch(7)))
         assert_close(wrapped.module[1].running_var, plain[1].running_var)
         assert wrapped.module[1].num_batches_tracked == plain[1].num_batches_tracked
+
+
+@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("missing", [0, 11])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_inputs_of_some_towers_alone_may_need_gradients(num_towers: int, missing: int, style: str) -> None:
+    class Filling(nn.Module):
+        """Learns what to put where a row is missing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.filling, self.norm = nn.Parameter(torch.ones(3)), nn.BatchNorm1d(3)
+            self.head = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gaps = x[:, :1].isnan()
+            if gaps.any():
+                x = torch.where(gaps, self.filling, x)
+            y: Tensor = self.head(self.norm(x))
+            return y
+
+    plain, wrapped = twins(Filling(), num_towers)
+    wrapped = wrap(convert_sync_batchnorm(wrapped.module), num_towers)
+    x = batch(12)
+    x[missing] = float("nan")
+    plain(x).square().mean().backward()
+    if style == "drop-in":
+        wrapped(x).square().mean().backward()
+    else:
+        wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+    assert_same_gradients(wrapped, plain)

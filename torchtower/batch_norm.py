@@ -134,7 +134,9 @@ class TowerBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         dims = [dim for dim in range(input.dim()) if dim != 1]
         rows = input.new_tensor(float(input.numel() // max(1, input.shape[1])), dtype=torch.float64)
-        count = tower_sum(rows).item()
+        # If some tower's input needs a gradient, all must come to the exchanges of the backward.
+        needs = rows.new_tensor(float(torch.is_grad_enabled() and input.requires_grad))
+        count, num_needing = tower_sum(torch.stack([rows, needs])).tolist()
         if count == 0:  # an empty batch, as nn.BatchNorm takes it
             nothing: Tensor = super().forward(input)
             return nothing
@@ -142,6 +144,8 @@ class TowerBatchNorm(_BatchNorm):
             raise ValueError(f"Expected more than 1 value per channel when training, got {count:.0f} over all towers")
         # Half types lose too much in sums over a whole batch.
         wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        if num_needing and not wide.requires_grad:
+            wide = wide + wide.new_zeros(()).requires_grad_()
         mean = tower_sum(wide.sum(dims)) / count
         centred = wide - _along_channels(mean, input)
         variance = tower_sum(centred.square().sum(dims)) / count

@@ -171,7 +171,12 @@ class Bridge:
             values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
         if held and family.synchronize:
             shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
-            values[: len(parameters)] = join(ports, shares, [1.0] * len(shares), in_place=not torch.is_grad_enabled())
+            weights = [1.0] * len(shares)
+            if family.plan.buckets and not torch.is_grad_enabled():
+                sums = Collection(family.plan.buckets, weights, family.plan.pool.devices[0]).finish(shares, parameters)
+            else:
+                sums = join(ports, shares, weights, in_place=not torch.is_grad_enabled())
+            values[: len(parameters)] = sums
             held.drop(compress(parameters, accumulated))
         if any(map(is_, values, repeat(None))):
             without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]
@@ -194,12 +199,13 @@ class Bridge:
         keep = keep or family.keeps_graphs
         towers = zip(self._alive(), local_grads, self._inputs.leaves, self._wanted(asked), strict=True)
         collection = None
+        if plan.buckets and family.synchronize and not any(map(_is_batched, chain.from_iterable(local_grads))):
+            collection = Collection(plan.buckets, family.weights, plan.pool.devices[0])
         if not asked.all:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
         else:
             senders: list[Sender | None] = [None] * len(local_grads)
-            if plan.buckets and family.synchronize:
-                collection = Collection(plan.buckets, family.weights, plan.pool.devices[0])
+            if collection is not None:
                 senders = [Sender(collection, tower, leaves) for tower, leaves in enumerate(self._inputs.leaves)]
             jobs = [
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
@@ -209,7 +215,7 @@ class Bridge:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
             return collected + join(
-                Ports(self._inputs.ports.all[len(parameters) :]), rest, family.weights, in_place=True
+                Ports(self._inputs.ports.all[len(parameters) :]), rest, family.weights, in_place=asked.all
             )
         if not family.synchronize:
             local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
@@ -276,6 +282,12 @@ def _held_for(tensor: Tensor) -> Tensor | None:
     """The user's tensor that this one holds the graph of; itself where it is the user's."""
     reference = getattr(tensor, "held_for", None)
     return tensor if reference is None else reference()
+
+
+def _is_batched(grad: Grad) -> bool:
+    """Whether this is several gradients at once, of ``torch.autograd.grad(is_grads_batched=True)``."""
+    is_batched: bool = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return is_batched
 
 
 def _is_on_cpu(part: Grad) -> bool:

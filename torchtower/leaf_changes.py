@@ -38,14 +38,15 @@ def take_over_data(parameters: Sequence[Tensor], replicas: Sequence[Replica]) ->
     """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone."""
     if any([replica.parameters.moved() for replica in replicas]):
         main = replicas[0]
-        for index in main.parameters.moved():
+        assigned = main.parameters.moved()
+        for index in assigned:
             data = main.leaves[index].data
             if data.is_inference():  # never to be trained again
                 with torch.inference_mode(False):
                     data = data.clone()
             parameters[index].data = data
         for replica in replicas:
-            replica.parameters.put_back()
+            replica.parameters.put_back(assigned)
 
 
 def take_gradients(replicas: Sequence[Replica]) -> list[list[Grad]]:

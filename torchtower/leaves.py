@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -59,10 +60,16 @@ class Leaves:
             return []
         return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
 
-    def put_back(self) -> None:
-        """Let every leaf have the storage again that follows the original's parameter."""
+    def put_back(self, assigned: Container[int]) -> None:
+        """Let leaves have the storage again that follows the original's parameter.
+
+        Args:
+            assigned: indices of parameters that the original has got other data of. Leaves with storage of their own
+                keep theirs, which the graph may have saved: the next forward has new ones.
+        """
         for index in self.moved():
-            self.all[index].data = self._storages[index].detach()
+            if self._remote is None or index not in assigned:
+                self.all[index].data = self._storages[index].detach()
         self._addresses = addresses_of(self.all)
 
     def refresh(self, stale: bool) -> None:

@@ -376,6 +376,16 @@ class TowerParallel(Steps[Module]):
             self._closer = weakref.finalize(self, self._towers.pool.close)
         return self._towers
 
+    def train(self, mode: bool = True) -> Any:
+        """As of ``nn.Module``; programs swap weights around a change between training and evaluation.
+
+        Args:
+            mode: whether to train.
+        """
+        if mode is not self.module.training:
+            self.refresh()
+        return super().train(mode)
+
     def refresh(self) -> None:
         """Let the next call bring the replicas on other devices up to date, whatever changed the parameters.
 

@@ -184,7 +184,7 @@ class Towers:
             for replica in self._replicas:
                 replica.follow(changes)
         self._written_to.clear()
-        if self._freshness.switched(is_training(self.module)):
+        if self._freshness.all_stale(is_training(self.module)):
             self.refresh()
         stale = self._freshness.stale()
         for replica in self._replicas:

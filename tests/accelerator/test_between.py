@@ -354,3 +354,57 @@ def test_what_the_user_has_left_with_its_graph_is_written_to_by_each_tower_on_it
             net(rows(9, seed=step)).square().sum().backward()
         assert_same_gradients(wrapped, plain)
         assert_same_values(wrapped.module.state, plain.state)
+
+
+class MaxNorm(nn.Conv2d):
+    """Assigns its weight's data, and saves the weight itself for the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
+        return super().forward(x)
+
+
+@every_layout
+def test_a_backward_knows_the_data_that_its_forward_has_assigned(devices: list[int]) -> None:
+    plain, wrapped = twins(nn.Sequential(nn.Conv2d(1, 4, 3), MaxNorm(4, 2, 3)), devices)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (plain, wrapped)]
+    for step in range(3):
+        for net, optimizer in zip((plain, wrapped), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(rows(8, 64, seed=step).view(8, 1, 8, 8)).square().mean().backward()
+            optimizer.step()
+        assert_same_gradients(wrapped, plain)
+    assert_same_values(wrapped.module[1].weight, plain[1].weight)  # type: ignore[index]
+
+
+@every_layout
+def test_a_fused_step_that_takes_frozen_parameters_along_is_seen(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+    for net in (plain, wrapped):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+        net(rows(8)).square().sum().backward()
+        net.requires_grad_(False)
+        net(rows(8))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_values(wrapped(rows(8)), plain(rows(8)))
+
+
+@every_layout
+def test_weights_swapped_between_two_evaluations_are_seen_if_the_mode_has_changed(devices: list[int]) -> None:
+    plain, wrapped = twins(mlp(), devices)
+
+    def evaluate(net: Any) -> Tensor:
+        net.eval()
+        with torch.no_grad():
+            out: Tensor = net(rows(8))
+        net.train()
+        return out
+
+    for scale in (2.0, 0.5):
+        outs = []
+        for net in (plain, wrapped):
+            for parameter in net.parameters():
+                parameter.data.mul_(scale)
+            outs.append(evaluate(net))
+        assert_same_values(outs[1], outs[0])

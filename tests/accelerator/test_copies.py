@@ -377,16 +377,30 @@ def test_a_full_bucket_travels_while_the_backwards_still_run(simulated: types.Mo
     assert seen == [(1, bytes_of(net.last))] * 2
 
 
-def test_gradients_on_the_main_device_are_never_held_once_a_tower(simulated: types.ModuleType) -> None:
+HOW_TO_GO_BACKWARD: dict[str, Callable[[Tensor, nn.Module], Any]] = {
+    "backward": lambda loss, net: loss.backward(),
+    "some inputs": lambda loss, net: loss.backward(inputs=list(net.parameters())),
+    "grad": lambda loss, net: torch.autograd.grad(loss, list(net.parameters())),
+}
+
+
+@pytest.mark.parametrize("keeps_back", [False, True])
+@pytest.mark.parametrize("how", HOW_TO_GO_BACKWARD)
+def test_gradients_on_the_main_device_are_never_held_once_a_tower(
+    simulated: types.ModuleType, how: str, keeps_back: bool
+) -> None:
     net = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(32)]).to(device(0))  # 128 MiB
     model_bytes = bytes_of(net)
-    wrapped = TowerParallel(net, device_ids=[0, 1, 1, 1])
-    loss = wrapped(torch.ones(4, 1024)).sum()
+    wrapped = TowerParallel(net, device_ids=[0, 1, 1, 1, 1, 1])
+    if keeps_back:
+        with wrapped.no_sync():
+            wrapped(torch.ones(6, 1024)).sum().backward()
+    loss = wrapped(torch.ones(6, 1024)).sum()
     before = simulated.memory_allocated(0)
     simulated.reset_peak_memory_stats(0)
-    loss.backward()
+    HOW_TO_GO_BACKWARD[how](loss, net)
     own = 2 * model_bytes  # the main tower's gradients and the reduced ones
-    buckets = 3 * 2 * 29 * 2**20  # a bucket and its flat copy for each of the others
+    buckets = 5 * 2 * 29 * 2**20  # a bucket and its flat copy for each of the others
     assert simulated.max_memory_allocated(0) - before < own + buckets
 
 
