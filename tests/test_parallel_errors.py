@@ -260,3 +260,21 @@ def test_an_error_that_nothing_can_be_added_to_is_raised_as_it_is(error: Excepti
     done.start()
     done.join(timeout=30)
     assert not done.is_alive()
+
+
+def test_an_error_object_that_is_raised_again_names_the_tower_that_raised_it_last() -> None:
+    error = ValueError("told to fail (in a way)")
+
+    class Bad(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if current_tower() == self.tower:
+                raise error
+            return x
+
+    module = Bad()
+    wrapped = wrap(module, 2)
+    for tower in (0, 1, 0):
+        module.tower = tower
+        with pytest.raises(ValueError) as caught:
+            wrapped(batch(4))
+        assert str(caught.value) == f"told to fail (in a way) (in tower {tower} on device cpu)"

@@ -321,3 +321,101 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 holder.join()
 """, 60)  # fmt: skip
+
+
+# ---- closing while something else goes on
+
+
+def test_a_wrapper_that_another_thread_closes_as_a_call_begins_answers_it() -> None:
+    passes(
+        """
+model, x = towers(nn.Linear(3, 2)), torch.ones(4, 3)
+model(x)
+at_end, go_on = threading.Event(), threading.Event()
+
+def pause_closer(frame, event, arg):  # when it has seen that no round is running
+    if frame.f_code.co_name in ("_end_threads", "_stop"):
+        at_end.set()
+        go_on.wait()
+
+def close():
+    sys.setprofile(pause_closer)
+    model.close()
+
+def let_closer_go_on(frame, event, arg):  # when the threads have been chosen
+    if event == "call" and frame.f_code.co_name == "__init__" and frame.f_code.co_filename.endswith("rounds.py"):
+        sys.setprofile(None)
+        go_on.set()
+        closer.join()
+
+closer = threading.Thread(target=close, daemon=True)
+closer.start()
+at_end.wait()
+sys.setprofile(let_closer_go_on)
+assert model(x).shape == (4, 2)
+"""
+    )
+
+
+def test_threads_end_though_a_signal_breaks_off_the_waiting_for_one_of_them() -> None:
+    passes(
+        """
+model, x = towers(nn.Linear(3, 2), 4), torch.ones(8, 3)
+
+def strike(frame, event, arg):
+    if event == "call" and frame.f_code.co_name == "join" and frame.f_code.co_filename.endswith("threading.py"):
+        sys.setprofile(None)
+        raise KeyboardInterrupt
+
+for _ in range(5):
+    model(x)
+    sys.setprofile(strike)
+    try:
+        model.close()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.setprofile(None)
+end = time.monotonic() + 30
+while threading.active_count() > 1 and time.monotonic() < end:
+    time.sleep(0.01)
+assert threading.active_count() == 1
+"""
+    )
+
+
+def test_a_wrapper_closed_over_and_over_by_other_threads_goes_on() -> None:
+    passes(
+        """
+sys.setswitchinterval(1e-6)
+model, x, done = towers(nn.Linear(3, 2)), torch.ones(4, 3), threading.Event()
+
+def close():
+    while not done.is_set():
+        model.close()
+
+closers = [threading.Thread(target=close) for _ in range(2)]
+for closer in closers:
+    closer.start()
+try:
+    for _ in range(100):
+        model(x).sum().backward()
+finally:
+    done.set()
+assert torch.equal(model.module.bias.grad, torch.full((2,), 400.0))
+"""
+    )
+
+
+def test_a_wrapper_is_called_when_the_interpreter_ends_by_who_came_before_torch() -> None:
+    done = run_python(
+        """
+import atexit
+atexit.register(lambda: print(*[model(x).shape for _ in range(2)], model(x).sum().backward(), flush=True))
+import torch
+from torchtower import TowerParallel
+x, model = torch.ones(4, 3), TowerParallel(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout()), ["cpu"] * 2)
+model(x)
+"""
+    )
+    assert done.stdout == "torch.Size([4, 2]) torch.Size([4, 2]) None\n", done.stderr

@@ -351,7 +351,8 @@ class TowerParallel(Steps[Module]):
     def _module_here(self) -> Any:
         # A loss function that calls the wrapper itself means its tower's replica. Within another wrapper's tower this
         # may be a replica of the wrapper, whose own module is the one.
-        replica = None if self._towers is None else self._towers.replica_here()
+        towers = self._towers  # once: another thread may be closing
+        replica = None if towers is None else towers.replica_here()
         return self.module if replica is None else replica
 
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
@@ -367,14 +368,14 @@ class TowerParallel(Steps[Module]):
         return map_tensors(lambda t: move(t, main), batch)
 
     def _running(self) -> Towers:
-        if self._towers is None or self._towers.module is not self.module:
+        towers = self._towers
+        if towers is None or towers.module is not self.module:
             self.close()
-            self._towers = Towers(
-                self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held, self._lock
-            )
+            towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held, self._lock)
             # Runs when this wrapper is collected and before the interpreter exits.
-            self._closer = weakref.finalize(self, self._towers.pool.close)
-        return self._towers
+            self._closer = weakref.finalize(self, towers.pool.close)
+            self._towers = towers
+        return towers
 
     def train(self, mode: bool = True) -> Any:
         """As of ``nn.Module``; programs swap weights around a change between training and evaluation.
@@ -406,9 +407,10 @@ class TowerParallel(Steps[Module]):
 
     def close(self) -> None:
         """End the towers' threads and drop the replicas; the next call starts anew."""
-        if self._closer is not None:
-            self._closer()
+        closer = self._closer
         self._towers = self._closer = None
+        if closer is not None:
+            closer()
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_towers", "_lock", "_closer", "_held", "_checked")

@@ -255,7 +255,8 @@ def _add_words(error: BaseException, tower: str) -> None:
         if words in text:
             return
         if len(error.args) == 1 and error.args[0] == text:
-            error.args = (f"{text} ({words})",)
+            before, _, rest = text.rpartition(" (in tower ")  # an object that is raised again may have another's
+            error.args = (f"{before if before and rest.endswith(')') else text} ({words})",)
             if isinstance(error, ImportError):
                 error.msg = error.args[0]
         else:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
@@ -39,6 +40,8 @@ _libraries: list[Any] = []
 def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result:
     """Do ``work`` while this thread's random operators draw from ``generators``."""
     key = _intercept_draws_once()  # a pool has had them intercepted
+    if not _libraries:  # the interpreter exits, and torch ends these: towers draw from the default generator
+        return work()
     _local.generators, _local.borrowed = generators, None
     torch._C._dispatch_tls_set_dispatch_key_included(key, True)
     try:
@@ -102,6 +105,7 @@ def _intercept_draws_once() -> Any:
         vars(torch.random)["default_generator"] = _DefaultGeneratorOfThread()
         torch.random.__class__ = _RandomModule
         _libraries.extend([fallback, operators])
+        weakref.finalize(torch.random, _libraries.clear)  # at the exit: just before torch ends them
     except BaseException:  # broken off by Ctrl-C: half of it would be in the way of the next try
         fallback._destroy()
         operators._destroy()

@@ -61,6 +61,7 @@ class TowerPool:
         self.was_broken_into = False  # whether the last round was, which may have left anything behind
         self._closed = False
         self.is_running = False
+        self._guard = threading.RLock()  # of the threads, while nothing is waited for; the collector may close anywhere
         self.lock = lock
         _pools.add(self)
 
@@ -111,8 +112,9 @@ class TowerPool:
             finally:
                 give_back_turn()
 
-        self.is_running = True  # from here on `close` leaves the threads to this round, whoever calls it
         try:
+            with self._guard:
+                self.is_running = True  # from here on `close` leaves the threads to this round, whoever calls it
             inboxes = list(map(attrgetter("inbox"), self._started()[: len(jobs)]))
             if self._last_round_s > _LONG_ROUND_S:
                 _send_team_home()
@@ -164,17 +166,19 @@ class TowerPool:
     def close(self) -> None:
         """End the threads for good: a later `run` starts new ones, and ends them."""
         self._closed = True
-        if not self.is_running:  # in the middle of a round, that round ends them
-            self._end_threads()
+        with self._guard:
+            if self.is_running:  # that round ends them
+                return
+            threads, self._threads = self._threads, []
+        _stop(threads)
 
     def _end_threads(self) -> None:
         threads, self._threads = self._threads, []
-        for thread in threads:
-            thread.stop()
+        _stop(threads)
 
     def forget(self) -> None:
         """Drop the threads without a word: in a forked child they do not exist."""
-        self.lock = threading.RLock()
+        self.lock, self._guard = threading.RLock(), threading.RLock()
         self._threads = []
 
 
@@ -200,11 +204,18 @@ class _TowerThread:
         """Whether this very thread asks."""
         return self._thread is threading.current_thread()
 
-    def stop(self) -> None:
-        """End the thread once its work is done."""
-        self.inbox.put(None)
+    def join(self) -> None:
+        """Wait until the thread, which has been told to, has ended."""
         if not self.is_current():  # the collector may run anywhere
             self._thread.join(timeout=_STOP_TIMEOUT_S)
+
+
+def _stop(threads: Sequence[_TowerThread]) -> None:
+    """End threads once their work is done: all are told first, as a signal may break off the waiting."""
+    for thread in threads:
+        thread.inbox.put(None)
+    for thread in threads:
+        thread.join()
 
 
 def _work(
