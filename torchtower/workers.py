@@ -6,7 +6,6 @@ A thread holds nothing of a job once it is done, so that the user's tensors die 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import os
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from torchtower.cores import available_cores, send_team_home
 from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.generators import Seeds, TowerGenerators
 from torchtower.heap import keep_freed_memory
@@ -52,7 +52,7 @@ class TowerPool:
         intercept_draws()  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
         _accelerators.update(device for device in devices if device.type != "cpu")
-        self.max_concurrency = min(len(self.devices), max_concurrency or _available_cores())
+        self.max_concurrency = min(len(self.devices), max_concurrency or available_cores())
         self._threads: list[_TowerThread] = []
         self._intra_op_threads = 0
         self._last_round_s = 0.0
@@ -116,8 +116,7 @@ class TowerPool:
             with self._guard:
                 self.is_running = True  # from here on `close` leaves the threads to this round, whoever calls it
             inboxes = list(map(attrgetter("inbox"), self._started()[: len(jobs)]))
-            if self._last_round_s > _LONG_ROUND_S:
-                _send_team_home()
+            send_team_home(self._last_round_s)
             began_s = time.perf_counter()
             round_ = Round(inboxes, do, weights)
             run = functools.partial(round_.run, 1 if in_turn else self.max_concurrency)
@@ -261,32 +260,6 @@ def is_held_here(lock: Any) -> bool:
     return held
 
 
-def _openmp_pause() -> Callable[[int], int] | None:
-    # torch loads its OpenMP library into the global scope; where it has none, or an old one, there is nothing to do.
-    try:
-        pause: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
-    except (OSError, TypeError):  # Windows knows no global scope
-        pause = None
-    return pause
-
-
-_pause = _openmp_pause()
-_PAUSE_SOFT = 1  # omp_pause_soft, OpenMP 5.0
-# An idle team of GNU OpenMP spins for some 5 ms; making one anew may take as long. Measured with benchmarks/step.py: it
-# pays where towers work for longer than that (4 x 1024 MLP, CIFAR-10 network), and hurts tiny networks.
-_LONG_ROUND_S = 0.003
-
-
-def _send_team_home() -> None:
-    """End this thread's OpenMP team, which would spin on a core that a tower wants; the next region makes it anew."""
-    if _pause is not None:
-        _pause(_PAUSE_SOFT)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _let_engine_finish() -> None:
     # A round that never ends, in a daemon thread, may keep the engine's thread for good.
     if not any(pool.is_running for pool in _pools):
@@ -299,9 +272,7 @@ atexit.register(_let_engine_finish)
 
 
 def _forget_all() -> None:
-    global _pause
     _accelerators.clear()
-    _pause = None  # it would wait for the team that the forking thread had, whose other threads do not exist here
     for pool in list(_pools):
         pool.forget()
 
