@@ -279,3 +279,18 @@ def test_a_forward_may_put_its_layers_and_the_keys_of_a_dict_in_another_order(nu
         assert_same_gradients(wrapped, plain)
         assert list(wrapped.module.layers) == list(plain.layers)
         assert list(wrapped.module.calls.items()) == list(plain.calls.items())
+
+
+def test_a_forward_may_put_a_dict_keyed_by_parameters_in_another_order() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates = {self.fc.weight: 1, self.fc.bias: 2}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.rates[self.fc.weight] = self.rates.pop(self.fc.weight)
+            return self.fc(x)
+
+    wrapped = wrap(Net().double(), 2)
+    wrapped(batch(6))
+    assert list(wrapped.module.rates.values()) == [2, 1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, twins
 
 
 class Headed(nn.Module):
@@ -119,3 +122,37 @@ def test_a_part_of_the_module_that_it_returns_is_the_users(num_towers: int, way:
 def test_a_module_returns_itself(num_towers: int) -> None:
     _, wrapped = twins(Returning(lambda net: {"self": net}), num_towers)
     assert wrapped(batch(9))[1]["self"] is wrapped.module
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_what_a_callback_writes_is_the_users(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, callback: Callable[[Tensor], None]) -> Tensor:
+            y: Tensor = self.fc(x)
+            callback(y)
+            return y
+
+    @dataclasses.dataclass
+    class Trainer:
+        net: nn.Module
+        calls: list[int] = dataclasses.field(default_factory=list)
+
+        def note(self, y: Tensor) -> None:
+            self.calls.append(len(y))
+
+    _, wrapped = twins(Net(), num_towers)
+    trainer = Trainer(wrapped.module)
+    context: dict[str, Any] = {"net": wrapped.module, "calls": []}
+    wrapped(batch(9), trainer.note)
+    wrapped(batch(9), lambda y: context["calls"].append(len(y)))
+    assert sum(trainer.calls) == 9 and sum(context["calls"]) == 9
+    data = torch.zeros(1000)
+    alive = weakref.ref(data)
+    wrapped(batch(9), lambda y, data=data, net=wrapped.module: None)
+    del data
+    gc.collect()
+    assert alive() is None

@@ -326,25 +326,6 @@ def test_a_forward_finds_in_its_attribute_what_a_hook_has_put_there(
     assert wrapped.module.features is features and list(features) == ["h"]
 
 
-@pytest.mark.parametrize("towers", SEVERAL)
-def test_what_a_forward_adds_by_a_bound_method_is_in_its_attribute(towers: int) -> None:
-    class Net(OneLayer):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[int] = []
-            self.note = self.seen.append
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.note(1)
-            y: Tensor = self.fc(x)
-            return y * len(self.seen)
-
-    plain, wrapped = _made_twice(Net, towers)
-    for calls in range(1, 4):
-        assert_close(wrapped(batch(6)), plain(batch(6)))
-        assert wrapped.module.seen == [1] * calls
-
-
 def test_a_name_that_a_hook_closes_over_may_be_bound_anew_beside_an_attribute() -> None:
     calls = 0
 
@@ -373,3 +354,43 @@ def test_a_name_that_a_hook_closes_over_may_be_bound_anew_beside_an_attribute() 
     for _ in range(3):
         wrapped(batch(6))
     assert calls == 6 and len(wrapped.module.seen) == 3
+
+
+@pytest.mark.parametrize("towers", SEVERAL)
+def test_a_function_under_two_names_that_reads_an_attribute_is_one_in_every_tower(towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = scale = {"v": 2.0}
+
+            def scaled(y: Tensor) -> Tensor:
+                return y * scale["v"]
+
+            self.by_name = {"scaled": scaled}
+            self.chosen = scaled
+            self.weights = {scaled: 3.0}
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.chosen is self.by_name["scaled"]
+            y: Tensor = self.chosen(self.fc(x)) * self.weights[self.chosen]
+            return y
+
+    plain, wrapped = twins(Net(), towers)
+    assert_close(wrapped(batch(6)), plain(batch(6)))
+
+
+def test_a_dict_that_hooks_of_many_layers_share_is_the_main_towers() -> None:
+    features: dict[int, Tensor] = {}
+    net: Any = nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)]).double()
+    net.features = features
+
+    def keep(index: int) -> Callable[..., None]:
+        return lambda module, args, output: features.__setitem__(index, output.detach())
+
+    for index, layer in enumerate(net):
+        layer.register_forward_hook(keep(index))
+    wrapped = wrap(net, 2)
+    for _ in range(2):
+        wrapped(batch(6))
+    assert wrapped.module.features is features and sorted(features) == list(range(30))
+    assert all(len(feature) == 3 for feature in features.values())

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.collect import Collection, Sender
+from torchtower.collect import Sender
 from torchtower.devices import move
 from torchtower.family import Family, Inputs
 from torchtower.graphs import branches, leads_to, leaves_of
@@ -173,7 +173,7 @@ class Bridge:
             shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
             weights = [1.0] * len(shares)
             if family.plan.buckets and not torch.is_grad_enabled():
-                sums = Collection(family.plan.buckets, weights, family.plan.pool.devices[0]).finish(shares, parameters)
+                sums = family.plan.collection(weights).finish(shares, parameters)
             else:
                 sums = join(ports, shares, weights, in_place=not torch.is_grad_enabled())
             values[: len(parameters)] = sums
@@ -200,7 +200,7 @@ class Bridge:
         towers = zip(self._alive(), local_grads, self._inputs.leaves, self._wanted(asked), strict=True)
         collection = None
         if plan.buckets and family.synchronize and not any(map(_is_batched, chain.from_iterable(local_grads))):
-            collection = Collection(plan.buckets, family.weights, plan.pool.devices[0])
+            collection = plan.collection(family.weights)
         if not asked.all:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
         else:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchtower.collect import Collection
 from torchtower.held import HeldGradients
 from torchtower.node import if_needed
 from torchtower.ports import Ports
@@ -36,6 +37,10 @@ class Plan(NamedTuple):
     held: HeldGradients
     before_backward: Callable[[int], None]
     on_backward: Callable[[], None]
+
+    def collection(self, weights: list[float]) -> Collection:
+        """What takes gradients of the parameters, by bucket, to be summed with these weights."""
+        return Collection(self.buckets, weights, self.pool.devices[0])
 
 
 @dataclass

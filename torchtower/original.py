@@ -171,11 +171,6 @@ class Original:
         self.discover(changed)
         return changed if _are_same(before, [*self.modules, None, *self.parameters]) else None
 
-    def is_changed(self, known: Iterable[nn.Module]) -> bool:
-        """Whether the next `changes` will tell of any, but for those in the attributes of ``known`` modules."""
-        changed = [self.modules[index] for index in self._watch.changed()]
-        return self._facts() != self._known_facts or not set(map(id, changed)).issubset(map(id, known))
-
     def graphs_of(self, module: nn.Module) -> list[Tensor]:
         """The tensors with a graph that a module's attributes hold."""
         return _alive(self._held[id(module)].graphs)

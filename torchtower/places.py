@@ -6,10 +6,10 @@ parameters, buffers, submodules and hooks, small containers within attributes, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from copy import copy
-from itertools import filterfalse, islice
-from operator import is_
+from itertools import chain, filterfalse, islice
+from operator import is_, is_not
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -88,8 +88,14 @@ def _put_in_order(target: Any, keys: Iterable[Any]) -> None:
             target[key] = target.pop(key)
 
 
-def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
-    """Where the forward of ``twin``, the replica of ``module``, may leave something."""
+def places_of(module: nn.Module, twin: nn.Module, in_attributes: Container[int]) -> Iterator[Place]:
+    """Where the forward of ``twin``, the replica of ``module``, may leave something.
+
+    Args:
+        module: the user's.
+        twin: its replica.
+        in_attributes: ids of containers that attributes of some module hold, which are that module's places.
+    """
     if is_scripted(twin):
         return
     for name in _WRITTEN_DICTS:
@@ -109,7 +115,7 @@ def places_of(module: nn.Module, twin: nn.Module) -> Iterator[Place]:
         if kind == "outside" and value is copied:  # one for all towers
             continue
         if (target := container_of(value)) is not None:
-            if id(target) not in seen:
+            if id(target) not in seen and not (kind == "outside" and id(target) in in_attributes):
                 seen.add(id(target))
                 place = _place(kind, target, container_of(copied))
                 yield place
@@ -156,6 +162,6 @@ def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
     changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
     changed += [(name, _DELETED) for name in before.keys() - now.keys()]
     # A layer may have been moved to the end, or a hook put before others.
-    if list(now) != [*filter(now.__contains__, before), *filterfalse(before.__contains__, now)]:
+    if any(map(is_not, now, chain(filter(now.__contains__, before), filterfalse(before.__contains__, now)))):
         changed.append((_ORDER, tuple(now)))
     return changed

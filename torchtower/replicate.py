@@ -94,9 +94,12 @@ class Replica:
         return self._to_replica.get(module)
 
     def translate(self, value: Any) -> Any:
-        """What leads to this replica where a value leads to the user's module; the value itself where it does not."""
-        self._to_replica.met = []  # no copy needs to stay the same
-        return self._to_replica(value)
+        """What this replica has for a module or a parameter, and for a callable that has such a part.
+
+        What lies deeper stays the user's: nobody would write back what a forward changes in a copy.
+        """
+        own = self._to_replica.get(value)
+        return self._to_replica.with_parts(value) if own is None else own
 
     def rebuild(self) -> None:
         """Make what is new, keep what is not, drop what is gone."""
@@ -163,7 +166,6 @@ class Replica:
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
         twin = self._to_replica.get(module)
-        self._to_replica.in_attributes = self._original.containers
         self._to_replica.met = []
         sources = self._original.graphs_of(module)
         self._links.pop(id(module), None)
@@ -174,7 +176,9 @@ class Replica:
             # The same dict object each time, since a watch holds on to it; never the original's.
             translated = dicts[name] = twin.__dict__.get(name, type(value)())
             translated.clear()
-            translated.update((key, self._to_replica(item)) for key, item in value.items())
+            # Hooks find in a container that an attribute holds what the forward finds there.
+            shared = self._original.containers
+            translated.update((key, self._to_replica(item, shared)) for key, item in value.items())
         if is_scripted(module):
             install(module, twin, self._to_replica)
         else:
@@ -188,7 +192,7 @@ class Replica:
         for source in sources:  # which must not live longer than the module holds it
             self._to_replica.remove(source)
         self._dicts[id(module)], self._kinds[id(module)] = dicts, type(twin)
-        self._places[id(module)] = list(places_of(module, twin))
+        self._places[id(module)] = list(places_of(module, twin, self._original.containers))
         self._met[id(module)] = self._to_replica.met
 
     def _link(self, source: Tensor) -> Link:
@@ -238,6 +242,13 @@ class Replica:
             self._install(module)
             self._own.remember(self._original.index_of[id(module)], self._watched(module))
         self._touched.clear()
+
+    def follow_modes(self) -> None:
+        """Be in training or evaluation where the original is, and take over nothing else."""
+        for module in self._original.modules:
+            twin = self.twin_of(module)
+            if twin is not None and twin.training is not module.training:
+                twin.training = module.training
 
     def refresh_buffers(self) -> None:
         """Copy the original's buffers into this replica's.

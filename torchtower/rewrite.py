@@ -64,7 +64,6 @@ class Translation:
     def __init__(self, *, deep: bool = False, left_behind: bool = False) -> None:
         self.deep = deep or left_behind
         self.left_behind = left_behind
-        self.in_attributes: Container[int] = ()  # ids of containers that attributes hold: copied for functions, too
         self.table: dict[int, tuple[Any, Any]] = {}  # keeps the keys' objects alive, so that ids stay theirs
         self.pairs: weakref.WeakValueDictionary[int, _Pair] = weakref.WeakValueDictionary()
         # Those met since this was replaced: as long as somebody holds on to one, its copy stays the same.
@@ -83,15 +82,30 @@ class Translation:
         entry = self.table.get(id(source))
         return None if entry is None else entry[1]
 
-    def __call__(self, value: Any) -> Any:
-        """``value`` itself where nothing in it is in the table, else a translated copy of it."""
+    def __call__(self, value: Any, in_attributes: Container[int] = ()) -> Any:
+        """``value`` itself where nothing in it is in the table, else a translated copy of it.
+
+        Args:
+            value: anything.
+            in_attributes: ids of containers that attributes hold, whose copies take their places in functions, too.
+        """
         if type(value) in ATOMS:
             return value
         if (entry := self.table.get(id(value))) is not None:
             return entry[1]
         if isinstance(value, Tensor) or (isinstance(value, nn.Module) and not self.left_behind):
             return value
-        return _Copy(self, value).of(value, not self.deep)
+        return _Copy(self, value, in_attributes).of(value, not self.deep)
+
+    def with_parts(self, value: Any) -> Any:
+        """A callable with those of its own parts translated that are in the table; itself where none is."""
+        if not isinstance(value, CALLABLES) or self.table.keys().isdisjoint(map(id, parts_of(value) or ())):
+            return value
+        self.met = []
+        try:
+            return _Copy(self, value, (), is_shallow=True).of(value, False)
+        finally:
+            self.met = []  # nobody holds on to what there is for one call
 
 
 class _Copy:
@@ -100,14 +114,19 @@ class _Copy:
     Args:
         translation: whose table is applied.
         root: the value.
+        in_attributes: see `Translation.__call__`.
+        is_shallow: whether only the root is copied, whatever its parts lead to.
     """
 
-    def __init__(self, translation: Translation, root: Any) -> None:
+    def __init__(
+        self, translation: Translation, root: Any, in_attributes: Container[int], *, is_shallow: bool = False
+    ) -> None:
         self._translation = translation
+        self._in_attributes = in_attributes
         self._table = translation.table
         self._most = MANY if translation.left_behind else sys.maxsize
         self._done: dict[int, Any] = {}
-        self._leading = self._find_leading(root)
+        self._leading = {id(root)} if is_shallow else self._find_leading(root)
 
     def _find_leading(self, root: Any) -> set[int]:
         """The ids of what leads from ``root`` to something in the table, which must be copied."""
@@ -124,9 +143,14 @@ class _Copy:
             if is_inner:
                 inner.update(map(id, parts))
             for part in parts:
-                if id(part) in self._table or (is_inner and self._is_in_attribute(part)):
+                if id(part) in self._table:
                     leading.add(id(holder))
-                elif id(part) in holders_of:
+                    continue
+                if is_inner and self._is_in_attribute(part):
+                    leading.add(id(holder))
+                    if id(part) in self._translation.pairs:
+                        continue
+                if id(part) in holders_of:
                     holders_of[id(part)].append(id(holder))
                 elif type(part) not in ATOMS:
                     holders_of[id(part)] = [id(holder)]
@@ -145,8 +169,7 @@ class _Copy:
         return parts_of(value, deep=self._translation.deep)
 
     def _is_in_attribute(self, value: Any) -> bool:
-        ids = self._translation.in_attributes
-        return bool(ids) and id(container_of(value)) in ids
+        return bool(self._in_attributes) and id(container_of(value)) in self._in_attributes
 
     def of(self, value: Any, copy: bool) -> Any:
         """The copy of a part; with ``copy`` also of small containers that lead to nothing in the table."""
@@ -157,7 +180,11 @@ class _Copy:
         if id(value) in self._done:
             return self._done[id(value)]
         is_tuple = is_plain_tuple(type(value)) and not leads_nowhere(value)
-        copy = (copy and (is_tuple or container_of(value) is not None)) or self._is_in_attribute(value)
+        copy = copy and (is_tuple or container_of(value) is not None)
+        if self._is_in_attribute(value):
+            if id(value) in self._translation.pairs:  # the module that holds it fills it
+                return self._twin_of(value)
+            copy = True
         if id(value) not in self._leading and not copy:
             return value
         if isinstance(value, nn.Module):

@@ -6,9 +6,6 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from itertools import starmap
-from operator import is_not
 from typing import Any
 
 import torch
@@ -210,17 +207,11 @@ class Towers:
             replica.parameters.forget()
 
     def _before_backward(self, call: int) -> None:
-        # The last call may have found the module in another state than it is in now, which a checkpoint's backward runs
-        # in: put in evaluation mode, say, for a look at other data.
-        if call != self._num_calls and not self._is_following and self._is_changed():
-            with suppress(ValueError):  # the next call is the one to refuse a module
-                self._follow()
-
-    def _is_changed(self) -> bool:
-        """Whether the user has changed the module since replicas followed; else they stay as forwards left them."""
-        main = self._replicas[0]
-        modes = [(main.twin_of(module).training, module.training) for module in self._original.modules]
-        return any(starmap(is_not, modes)) or self._original.is_changed(self._written_to)
+        # The last call may have found the module in another mode than it is in now, which a checkpoint's backward runs
+        # in: put in evaluation, say, for a look at other data. All else stays as the towers' forwards have left it.
+        if call != self._num_calls:
+            for replica in self._replicas:
+                replica.follow_modes()
 
     def _on_backward(self) -> None:
         self._freshness.on_backward()

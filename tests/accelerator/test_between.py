@@ -40,7 +40,7 @@ def test_a_buffer_that_an_earlier_forward_saved_stays_good(devices: list[int], b
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @every_layout
-def test_a_checkpoint_goes_backward_in_the_state_that_the_module_is_in(devices: list[int], reentrant: bool) -> None:
+def test_a_checkpoint_goes_backward_in_the_mode_that_the_module_is_in(devices: list[int], reentrant: bool) -> None:
     plain, wrapped = twins(Switching(reentrant), devices)
     for net in (plain, wrapped):
         loss = net(rows(8).requires_grad_()).square().sum()
