@@ -106,7 +106,9 @@ class Returning(nn.Module):
         return self.fc(x), self.way(self)
 
 
-@pytest.mark.parametrize("way", [lambda net: net.probe, lambda net: lambda h: net.probe(h)])
+@pytest.mark.parametrize(
+    "way", [lambda net: net.probe, lambda net: lambda h: net.probe(h), lambda net: net.probe.forward]
+)
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_part_of_the_module_that_it_returns_is_the_users(num_towers: int, way: Any) -> None:
     plain, wrapped = twins(Returning(way), num_towers)
