@@ -172,11 +172,11 @@ class Bridge:
         if held and family.synchronize:
             shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
             weights = [1.0] * len(shares)
-            if family.plan.buckets and not torch.is_grad_enabled():
-                sums = family.plan.collection(weights).finish(shares, parameters)
+            has_no_graph = not torch.is_grad_enabled()
+            if family.plan.buckets and has_no_graph:
+                values[: len(parameters)] = family.plan.collection(weights).finish(shares, parameters)
             else:
-                sums = join(ports, shares, weights, in_place=not torch.is_grad_enabled())
-            values[: len(parameters)] = sums
+                values[: len(parameters)] = join(ports, shares, weights, in_place=has_no_graph)
             held.drop(compress(parameters, accumulated))
         if any(map(is_, values, repeat(None))):
             without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]

@@ -127,9 +127,16 @@ class Towers:
         shards.pass_on_contents()
         if self._buffers == "mean":
             pool_buffers(self._replicas, shards.rows)
-        came_out = (shards, outputs, taken)
-        note_written = self._written_to.extend
-        return ForwardResult(self._plan, self._original, self._replicas, *came_out, note_written, self._num_calls)
+        return ForwardResult(
+            self._plan,
+            self._original,
+            self._replicas,
+            shards,
+            outputs,
+            leaves=taken,
+            note_written=self._written_to.extend,
+            call=self._num_calls,
+        )
 
     def _run_jobs(self, jobs: list[Callable[[], Any]], in_turn: bool) -> list[Any]:
         if take_gradients(self._replicas) and not self.pool.was_broken_into:

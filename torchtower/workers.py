@@ -166,14 +166,15 @@ class TowerPool:
         """End the threads for good: a later `run` starts new ones, and ends them."""
         self._closed = True
         with self._guard:
-            if self.is_running:  # that round ends them
-                return
-            threads, self._threads = self._threads, []
+            threads = [] if self.is_running else self._take_threads()  # else that round ends them
         _stop(threads)
 
     def _end_threads(self) -> None:
+        _stop(self._take_threads())
+
+    def _take_threads(self) -> list[_TowerThread]:
         threads, self._threads = self._threads, []
-        _stop(threads)
+        return threads
 
     def forget(self) -> None:
         """Drop the threads without a word: in a forked child they do not exist."""
