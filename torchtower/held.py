@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.reduction import Grad
+from torchtower.reduction import Grad, own
 
 
 class HeldGradients:
@@ -50,7 +50,7 @@ class HeldGradients:
             local_grads: tower-major, in the order of ``parameters``.
             weights: of the towers.
             chosen: of which parameters.
-            in_place: the gradients are nobody else's and may be kept as they are.
+            in_place: gradients whose memory is nobody else's may be kept as they are.
 
         Returns:
             ``local_grads`` without those kept.
@@ -63,7 +63,7 @@ class HeldGradients:
                 for parameter, grad, is_chosen in zip(parameters, grads, chosen, strict=False):
                     if grad is None or weight == 0 or not is_chosen:
                         continue
-                    share = grad * weight if weight != 1 else grad if in_place else grad.clone()
+                    share = grad * weight if weight != 1 else own([grad])[0] if in_place else grad.clone()
                     before = _like(parameter, held.get(id(parameter)))
                     held[id(parameter)] = share if before is None else before + share
                     self._parameters[id(parameter)] = parameter

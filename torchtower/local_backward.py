@@ -16,7 +16,6 @@ from torchtower.reduction import Grad
 
 _local = threading.local()
 _engine: Any = torch.autograd.Variable._execution_engine
-_storage_use_count: Any = vars(torch._C)["_storage_Use_Count"]
 # Stands where a tower has no leaf: nothing ever goes backward to it.
 NO_LEAF = torch.empty(0)
 
@@ -64,7 +63,7 @@ def local_backward(
         sender: what hears of the gradients as they appear, where they must travel.
 
     Returns:
-        Each leaf's gradient, in memory that is nobody else's; none is left in the leaves.
+        Each leaf's gradient; none is left in the leaves.
     """
     edges, given = _given(roots, grads)
     if not edges:
@@ -76,27 +75,13 @@ def local_backward(
             sender.watch()
         # What torch.autograd.backward looks at first (20 µs a tower) the engine has looked at already.
         _engine.run_backward(edges, given, keep_graph, False, (), allow_unreachable=True, accumulate_grad=True)
-        return list(map(_own, map(attrgetter("grad"), leaves)))
+        return list(map(attrgetter("grad"), leaves))
     finally:
         for leaf in leaves:
             leaf.grad = None
         if sender is not None:
             sender.stop()
         _set_requires_grad(leaves, wanted, now)
-
-
-def _own(grad: Grad) -> Grad:
-    """A gradient that nobody else has the memory of: a copy of what is a view.
-
-    Where a parameter is looked at (``bias[None]``), the engine leaves in its leaf a view of what has come: of the
-    gradient that the user has given, of an input's or of another parameter's.
-    """
-    if type(grad) is not Tensor or grad.layout is not torch.strided:
-        return grad
-    storage = grad.untyped_storage()
-    uses = _storage_use_count(storage._cdata)
-    # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
-    return grad if uses <= 2 and storage.resizable() else grad.clone()
 
 
 def make_last_node() -> None:

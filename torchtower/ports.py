@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtower.devices import move
 from torchtower.gather import cat_rows
-from torchtower.reduction import Grad, weighted_sum
+from torchtower.reduction import Grad, own, weighted_sum
 
 
 class Port(NamedTuple):
@@ -81,7 +81,7 @@ def join(
         ports: of the values.
         local_values: tower-major, without graphs: these are the bridge's to lead back.
         weights: of the towers.
-        in_place: the towers' values are nobody else's and may be written to.
+        in_place: the towers' values may be written to where their memory is nobody else's.
     """
     if ports.shared and not ports.others:
         return _join_shared(ports, local_values, weights, in_place)
@@ -131,5 +131,5 @@ def _join_rows(port: Port, parts: Sequence[Grad], weights: list[float], in_place
         part = move(part, port.device)
         whole.append(part if weight == 1 else part * weight)
     if len(whole) == 1 and port.sizes is not None:
-        return whole[0] if in_place else whole[0].clone()  # a copy, as several towers' rows are
+        return own(whole)[0] if in_place else whole[0].clone()  # a copy, as several towers' rows are
     return cat_rows(whole, port.dim)

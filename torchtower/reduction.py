@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torchtower import _composed, ops
 Grad = Tensor | None
 _PLAIN = {Tensor, nn.Parameter}
 _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
+_storage_use_count: Any = vars(torch._C)["_storage_Use_Count"]
+_address_of = attrgetter("_cdata")
+_layout_of = attrgetter("layout")
 
 
 def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
@@ -26,8 +30,8 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
     Args:
         towers: tower-major, gradients in the same order in every tower: dense, sparse or None; of any device.
         weights: raw, as `torchtower.ops.tower_mean_` takes them.
-        in_place: write into the first dense gradient of each parameter, whose memory is hot and already mapped;
-            it must be nobody else's.
+        in_place: write into the first dense gradient of each parameter, whose memory is hot and already mapped,
+            unless somebody else has that memory, too.
 
     Returns:
         One gradient a parameter on the first tower's device; None where every tower has None.
@@ -37,7 +41,8 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
         return list(_sum_dense([grads], weights, in_place))
     is_usual = _PLAIN.issuperset(map(type, grads)) and not _have_zeros(towers[0])
     if is_usual and len(towers) > 1 and 0 not in weights and not _are_followed(grads, in_place):
-        out: Sequence[Any] = towers[0] if in_place else [torch.empty_like(grad) for grad in grads[: len(towers[0])]]
+        firsts = grads[: len(towers[0])]
+        out: Sequence[Any] = own(firsts) if in_place else list(map(torch.empty_like, firsts))
         try:
             ops.tower_mean_(out, grads, weights)
             return list(out)
@@ -89,6 +94,8 @@ def _have_zeros(grads: Sequence[Any]) -> bool:
 
 def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_place: bool) -> Sequence[Tensor]:
     firsts, *others = towers
+    if in_place:
+        firsts = own(firsts)
     if not others and weights[0] == 1:
         return firsts if in_place else [grad.clone() for grad in firsts]
     grads = list(chain.from_iterable(towers))
@@ -97,6 +104,28 @@ def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_
     out = [first if in_place and not _composed.is_expanded(first) else torch.empty_like(first) for first in firsts]
     ops.tower_mean_(out, grads, weights)
     return out
+
+
+def own(grads: Sequence[Tensor]) -> list[Tensor]:
+    """These gradients, copied where somebody else has the memory.
+
+    Where a parameter is looked at (``bias[None]``), the engine leaves in its leaf a view of what has come: of the
+    gradient that the user has given, of an input's or of another parameter's.
+    """
+    if {Tensor}.issuperset(map(type, grads)) and {torch.strided}.issuperset(map(_layout_of, grads)):
+        storages = list(map(Tensor.untyped_storage, grads))
+        uses = map(_storage_use_count, map(_address_of, storages))
+        # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
+        if max(uses, default=0) <= 2 and all(map(torch.UntypedStorage.resizable, storages)):  # nearly always
+            return list(grads)
+    return [grad.clone() if _is_shared(grad) else grad for grad in grads]
+
+
+def _is_shared(grad: Tensor) -> bool:
+    if type(grad) is not Tensor or grad.layout is not torch.strided:
+        return False
+    storage = grad.untyped_storage()
+    return _storage_use_count(storage._cdata) > 2 or not storage.resizable()
 
 
 def _are_followed(grads: Sequence[Any], in_place: bool) -> bool:
