@@ -19,6 +19,7 @@ from torchtower import TowerParallel
 ROOT = Path(__file__).parent.parent
 EVERY_COUNT = (1, 2, 3, 4)
 SEVERAL = (2, 3, 4)
+STYLES = ("drop-in", "tower loss")
 
 
 def wrap(module: nn.Module, num_towers: int, **options: Any) -> TowerParallel:
@@ -79,6 +80,16 @@ def sum_of_squares(out: Tensor) -> Tensor:
 
 def mean_of_squares(out: Tensor) -> Tensor:
     return out.square().mean()
+
+
+def loss_in(style: str, net: Any, loss_fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``loss_fn(net, *inputs)``, a mean over rows, in one of `STYLES`: where towers are to take it, each its own."""
+    takes_each = style == "tower loss" and isinstance(net, TowerParallel)
+    return net.tower_loss(loss_fn, *inputs) if takes_each else loss_fn(net, *inputs)
+
+
+def mean_of_squares_by(net: nn.Module, x: Tensor) -> Tensor:
+    return mean_of_squares(net(x))
 
 
 def assert_go_backward_alike(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
 from tests.helpers import (
     EVERY_COUNT,
     SEVERAL,
+    STYLES,
     assert_close,
     assert_same_gradients,
     assert_trains_alike,
     batch,
+    loss_in,
+    mean_of_squares_by,
     twins,
     wrap,
 )
@@ -133,7 +134,7 @@ def test_train_and_eval_take_effect_at_the_next_forward() -> None:
 NORM_OPTIONS: list[dict[str, Any]] = [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}]
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("rows", [3, 7, 12])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 @pytest.mark.parametrize("options", NORM_OPTIONS, ids=str)
@@ -147,10 +148,7 @@ def test_synchronised_batch_norm_is_batch_norm_over_the_whole_batch(
         y = batch(rows, 2, seed=100 + step)
         for net in (plain, wrapped):
             x = batch(rows, seed=step, requires_grad=True)
-            if style == "tower loss" and net is wrapped:
-                loss = wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y)
-            else:
-                loss = F.mse_loss(net(x), y)
+            loss = loss_in(style, net, lambda net, x, y: F.mse_loss(net(x), y), x, y)
             loss.backward()
             results.append((loss, x.grad))
         assert_close(results[1][0], results[0][0])
@@ -174,16 +172,13 @@ def test_synchronised_batch_norm_takes_images_and_channels_last() -> None:
     assert_close(wrapped.module[1].running_var, plain[1].running_var)
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 def test_synchronised_batch_norm_differentiates_twice(style: str) -> None:
     plain = batch_norm_net(outputs=1)
     wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(plain)), 2)
     for net in (plain, wrapped):
         x = batch(7, requires_grad=True)
-        if style == "tower loss" and net is wrapped:
-            loss = wrapped.tower_loss(lambda net, x: net(x).square().mean(), x)
-        else:
-            loss = net(x).square().mean()
+        loss = loss_in(style, net, mean_of_squares_by, x)
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         gradient.square().sum().backward()
     assert_same_gradients(wrapped, plain, 1e-9)
@@ -243,7 +238,7 @@ def test_towers_that_meet_unequally_often_are_told() -> None:
         wrap(Net(), 3)(batch(6))
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 def test_a_sum_over_towers_is_that_of_the_whole_batch_with_its_gradients(style: str) -> None:
     class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:
@@ -251,11 +246,8 @@ def test_a_sum_over_towers_is_that_of_the_whole_batch_with_its_gradients(style: 
             return out / tower_sum(out.exp().sum(0))
 
     plain, wrapped = twins(Net(), 3)
-    plain(batch(7)).square().mean().backward()
-    if style == "drop-in":
-        wrapped(batch(7)).square().mean().backward()
-    else:
-        wrapped.tower_loss(lambda net, x: net(x).square().mean(), batch(7)).backward()
+    for net in (plain, wrapped):
+        loss_in(style, net, mean_of_squares_by, batch(7)).backward()
     assert_same_gradients(wrapped, plain)
 
 
@@ -271,16 +263,6 @@ def test_summands_that_differ_between_towers_are_named() -> None:
     for other in (torch.ones(3), torch.ones((), dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"tower_sum: expected tensors of one shape and dtype .*tower 1's"):
             wrap(Net([torch.ones(()), other]), 2)(batch(4))
-
-
-def test_conversion_keeps_parameters_statistics_and_state_dict() -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4)), nn.BatchNorm2d(4).eval()).double()
-    before, parameters = copy.deepcopy(net.state_dict()), list(net.parameters())
-    converted = convert_sync_batchnorm(net)
-    assert all(a is b for a, b in zip(converted.parameters(), parameters, strict=True))
-    assert all(torch.equal(converted.state_dict()[k], v) for k, v in before.items())
-    assert converted[2].training is False and converted[1].training is True
-    assert not isinstance(converted[1][0], nn.BatchNorm1d)
 
 
 def test_synchronised_batch_norm_with_an_idle_tower_and_a_single_row_names_the_trouble() -> None:
@@ -315,105 +297,9 @@ def test_a_tower_of_weight_zero_still_hears_of_the_others_through_shared_statist
     assert_close(ours.grad, x.grad, 1e-11)
 
 
-def test_a_batch_norm_in_two_places_is_converted_once_and_in_both() -> None:
-    norm = nn.BatchNorm1d(3)
-    plain = nn.Sequential(norm, nn.Linear(3, 3), norm).double()
-    converted = convert_sync_batchnorm(copy.deepcopy(plain))
-    assert converted[0] is converted[2] and not isinstance(converted[2], nn.BatchNorm1d)
-    assert_close(wrap(converted, 2)(batch(8)), plain(batch(8)))
-
-
-def test_a_lazy_batch_norm_is_not_converted() -> None:
-    with pytest.raises(ValueError, match="convert_sync_batchnorm: expected every parameter to have a shape"):
-        convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm1d()))
-
-
 def test_synchronised_batch_norm_takes_an_empty_batch() -> None:
     wrapped = wrap(convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()), 2)
     assert wrapped(batch(4)[:0]).shape == (0, 4)
-
-
-def test_norms_between_processes_are_told_of_and_converted() -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4), nn.ReLU()).double()
-    with pytest.warns(UserWarning, match="convert_sync_batchnorm"):
-        wrap(net, 2)
-    plain = nn.Sequential(net[0], nn.BatchNorm1d(4), net[2]).double()
-    wrapped = wrap(convert_sync_batchnorm(copy.deepcopy(net)), 2)
-    assert_close(wrapped(batch(7)), plain(batch(7)))
-
-
-def test_a_subclass_whose_forward_the_conversion_loses_is_told_of(recwarn: pytest.WarningsRecorder) -> None:
-    class Activated(nn.BatchNorm1d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).relu()
-
-    class Renamed(nn.BatchNorm1d):
-        pass
-
-    convert_sync_batchnorm(nn.Sequential(Renamed(3), nn.BatchNorm1d(3), nn.SyncBatchNorm(3)))
-    assert not recwarn
-    with pytest.warns(UserWarning, match="the forward of Activated is lost"):
-        convert_sync_batchnorm(nn.Sequential(Renamed(3), Activated(3)))
-
-
-class Squared(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight.square()
-
-
-def pruned(norm: nn.Module) -> None:
-    prune.l1_unstructured(norm, "weight", 1)
-
-
-def parametrized(norm: nn.Module) -> None:
-    parametrize.register_parametrization(norm, "weight", Squared())
-
-
-def hooked(norm: nn.Module) -> None:
-    norm.register_forward_hook(lambda module, args, out: out * module.factor)
-    norm.factor = 3.0
-
-
-def buffered(norm: nn.Module) -> None:
-    norm.register_buffer("scratch", torch.ones(3), persistent=False)
-
-
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
-@pytest.mark.parametrize("change", [pruned, parametrized, hooked, buffered])
-def test_conversion_keeps_what_else_a_batch_norm_holds(change: Any, style: str) -> None:
-    def loss_of(net: nn.Module, x: Tensor) -> Tensor:
-        return net(x).pow(3).mean()
-
-    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3)).double()
-    nn.init.normal_(net[1].weight)
-    inner = copy.deepcopy(net)
-    for each in (net, inner):
-        change(each[1])
-    wrapped = wrap(convert_sync_batchnorm(inner), 2)
-    assert wrapped.module.state_dict().keys() == net.state_dict().keys()
-    for _ in range(2):
-        net.zero_grad()
-        wrapped.zero_grad()
-        loss_of(net, batch(7)).backward()
-        loss = loss_of(wrapped, batch(7)) if style == "drop-in" else wrapped.tower_loss(loss_of, batch(7))
-        loss.backward()
-        assert_same_gradients(wrapped, net)
-
-
-def test_a_handle_from_before_the_conversion_removes_its_hook() -> None:
-    norm = nn.BatchNorm1d(3)
-    handle = norm.register_forward_hook(lambda module, args, out: out * 2)
-    converted = convert_sync_batchnorm(norm)
-    twice = converted(batch(4).float())
-    handle.remove()
-    assert_close(twice, converted(batch(4).float()) * 2)
-
-
-@pytest.mark.skipif("bias" not in inspect.signature(nn.BatchNorm1d).parameters, reason="every batch norm has a bias")
-def test_a_batch_norm_without_a_bias_is_synchronised() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, bias=False)).double()
-    plain, wrapped = copy.deepcopy(net), wrap(convert_sync_batchnorm(net), 2)
-    assert_close(wrapped(batch(7)), plain(batch(7)))
 
 
 def test_statistics_are_tracked_or_not_as_the_module_says_now() -> None:
@@ -427,7 +313,7 @@ def test_statistics_are_tracked_or_not_as_the_module_says_now() -> None:
         assert wrapped.module[1].num_batches_tracked == plain[1].num_batches_tracked
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("missing", [0, 11])
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_inputs_of_some_towers_alone_may_need_gradients(num_towers: int, missing: int, style: str) -> None:
@@ -450,9 +336,6 @@ def test_inputs_of_some_towers_alone_may_need_gradients(num_towers: int, missing
     wrapped = wrap(convert_sync_batchnorm(wrapped.module), num_towers)
     x = batch(12)
     x[missing] = float("nan")
-    plain(x).square().mean().backward()
-    if style == "drop-in":
-        wrapped(x).square().mean().backward()
-    else:
-        wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+    for each in (plain, wrapped):
+        loss_in(style, each, mean_of_squares_by, x).backward()
     assert_same_gradients(wrapped, plain)

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, in_threads, mlp, twins, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    SEVERAL,
+    STYLES,
+    assert_close,
+    assert_same_gradients,
+    batch,
+    in_threads,
+    mlp,
+    twins,
+    wrap,
+)
 from tests.modules import Scaled, Switching
 from torchtower import TowerParallel
 from torchtower.held import HeldGradients
@@ -166,7 +177,7 @@ def test_what_towers_have_left_for_their_backwards_stays(num_towers: int) -> Non
 # ---- batches that are written over
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_batch_written_over_in_between_is_refused_as_by_the_plain_module(num_towers: int, style: str) -> None:
     for net in twins(mlp(), num_towers):

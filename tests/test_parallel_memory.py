@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, twins
+from tests.helpers import (
+    EVERY_COUNT,
+    SEVERAL,
+    STYLES,
+    assert_close,
+    assert_same_gradients,
+    batch,
+    loss_in,
+    mean_of_squares_by,
+    twins,
+)
 from tests.modules import TrainedWithin
 
 Look = Callable[[Tensor], Tensor]
@@ -75,7 +85,7 @@ def test_an_input_and_a_parameter_have_gradients_of_their_own(num_towers: int) -
     assert_close(xs[1].grad, xs[0].grad)
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_two_parameters_that_are_added_as_views_have_gradients_of_their_own(num_towers: int, style: str) -> None:
     class Positions(nn.Module):
@@ -88,11 +98,8 @@ def test_two_parameters_that_are_added_as_views_have_gradients_of_their_own(num_
 
     plain, wrapped = twins(Positions(), num_towers)
     x = batch(36).reshape(9, 4, 3)
-    plain(x).square().mean().backward()
-    if style == "drop-in":
-        wrapped(x).square().mean().backward()
-    else:
-        wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+    for net in (plain, wrapped):
+        loss_in(style, net, mean_of_squares_by, x).backward()
     assert_same_gradients(wrapped, plain)
     first, second = (parameter.grad for parameter in wrapped.parameters())
     assert (first is not None and second is not None and first.data_ptr() != second.data_ptr()) or num_towers == 1

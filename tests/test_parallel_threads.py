@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from tests.helpers import (
     SEVERAL,
+    STYLES,
     assert_close,
     assert_same_gradients,
     assert_trains_alike,
     batch,
     in_threads,
+    loss_in,
+    mean_of_squares_by,
     mlp,
     twins,
     wrap,
@@ -34,17 +37,14 @@ _PATIENCE_S = 20
 
 
 @pytest.mark.parametrize("num_towers", SEVERAL)
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 def test_forwards_and_backwards_of_towers_overlap_in_time(num_towers: int, style: str) -> None:
     meetings = {phase: threading.Barrier(num_towers) for phase in ("forward", "backward")}
     net = calling(lambda phase: meetings[phase].wait(_PATIENCE_S))
     wrapped = wrap(net, num_towers, max_concurrency=num_towers)
     x = batch(2 * num_towers)
     for _ in range(2):
-        if style == "drop-in":
-            wrapped(x).sum().backward()
-        else:
-            wrapped.tower_loss(lambda net, x: net(x).sum(), x).backward()
+        loss_in(style, wrapped, mean_of_squares_by, x).backward()
 
 
 def test_double_backward_overlaps_in_time() -> None:
@@ -115,7 +115,7 @@ def test_one_at_a_time_goes_in_tower_order() -> None:
     assert net.state.order == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 def test_max_concurrency_changes_no_bit(style: str) -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Dropout(0.3), nn.Linear(64, 8))
     x = torch.randn(37, 32, generator=torch.Generator().manual_seed(0))
@@ -124,10 +124,7 @@ def test_max_concurrency_changes_no_bit(style: str) -> None:
         wrapped = wrap(copy.deepcopy(net), 4, max_concurrency=at_once)
         torch.manual_seed(0)
         for _ in range(3):
-            if style == "drop-in":
-                wrapped(x).square().sum().backward()
-            else:
-                wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+            loss_in(style, wrapped, mean_of_squares_by, x).backward()
         found.append([p.grad for p in wrapped.parameters()])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

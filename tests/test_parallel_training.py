@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from tests.helpers import (
     EVERY_COUNT,
+    STYLES,
     assert_close,
     assert_go_backward_alike,
     assert_same_gradients,
     assert_same_parameters,
     batch,
+    loss_in,
     mlp,
     take_steps,
     twins,
@@ -73,7 +75,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("num_towers", (2, 4))
 def test_twenty_steps_follow_the_plain_modules_trajectory(name: str, style: str, num_towers: int) -> None:
@@ -83,10 +85,7 @@ def test_twenty_steps_follow_the_plain_modules_trajectory(name: str, style: str,
         for step in range(20):
             x, y = batch(5 + step % 4, seed=step), batch(5 + step % 4, 2, seed=100 + step)
             optimizer.zero_grad()
-            if style == "tower loss" and net is wrapped:
-                wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
-            else:
-                F.mse_loss(net(x), y).backward()
+            loss_in(style, net, lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
             optimizer.step()
     assert_same_parameters(wrapped, plain, 1e-11)
 
@@ -215,17 +214,14 @@ def test_an_averaged_model_of_the_wrapper_works() -> None:
 # ---- without synchronisation
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_no_sync_accumulates_and_the_next_backward_reduces_once(num_towers: int, style: str) -> None:
     plain, wrapped = twins(mlp(), num_towers)
 
     def backward(net: nn.Module, step: int) -> None:
         x, y = batch(7, seed=step), batch(7, 2, seed=50 + step)
-        if net is wrapped and style == "tower loss":
-            wrapped.tower_loss(lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
-        else:
-            F.mse_loss(net(x), y).backward()
+        loss_in(style, net, lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
 
     for round_ in range(2):
         for net in (plain, wrapped):

@@ -20,7 +20,7 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
-from tests.helpers import sum_of_squares, take_steps
+from tests.helpers import STYLES, loss_in, mean_of_squares_by, sum_of_squares, take_steps
 from tests.modules import Clamped, Scaled, Switching, TrainedWithin, batch_norm_net
 from torchtower import TowerParallel, convert_sync_batchnorm, current_tower
 
@@ -252,7 +252,7 @@ def test_a_parameter_that_a_forward_thaws_has_its_gradient_in_that_very_call(dev
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("where", [0, 1, "cpu"])
 @every_layout
 def test_what_a_forward_writes_into_the_batch_is_written_to_all_of_it_or_nothing(
@@ -261,11 +261,8 @@ def test_what_a_forward_writes_into_the_batch_is_written_to_all_of_it_or_nothing
     plain, wrapped = twins(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), devices)
     x = rows(8).to(where if where == "cpu" else device(where))
     with mode():
-        if style == "drop-in":
-            expected, got = plain(rows(8)).square().mean(), wrapped(x).square().mean()
-        else:
-            expected = plain(rows(8)).square().mean()
-            got = wrapped.tower_loss(lambda net, x: net(x).square().mean(), x)
+        expected = mean_of_squares_by(plain, rows(8))
+        got = loss_in(style, wrapped, mean_of_squares_by, x)
     assert_same_values(got, expected)
     assert_same_values(x, rows(8) if where == "cpu" else rows(8).relu())
     if mode is torch.enable_grad:
@@ -274,7 +271,7 @@ def test_what_a_forward_writes_into_the_batch_is_written_to_all_of_it_or_nothing
         assert_same_gradients(wrapped, plain)
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower_loss"])
+@pytest.mark.parametrize("style", STYLES)
 @every_layout
 def test_what_a_forward_writes_into_a_batch_with_a_graph_is_written_to_all_of_it(
     devices: list[int], style: str
@@ -282,12 +279,9 @@ def test_what_a_forward_writes_into_a_batch_with_a_graph_is_written_to_all_of_it
     plain, wrapped = twins(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), devices)
     leaf = rows(7).to(device(0)).requires_grad_()
     x = leaf * 2
-    if style == "drop-in":
-        wrapped(x).square().mean().backward()
-    else:
-        wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
+    loss_in(style, wrapped, mean_of_squares_by, x).backward()
     other = rows(7).requires_grad_()
-    plain(other * 2).square().mean().backward()
+    mean_of_squares_by(plain, other * 2).backward()
     assert_same_values(x, (rows(7) * 2).relu())
     assert_same_values(leaf.grad, other.grad)
     assert_same_gradients(wrapped, plain)

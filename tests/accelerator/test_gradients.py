@@ -23,7 +23,7 @@ from tests.accelerator.towers import (
     rows,
     twins,
 )
-from tests.helpers import in_threads
+from tests.helpers import STYLES, in_threads, loss_in, mean_of_squares_by
 from tests.modules import Checkpointed, OneLayer, Recurrent, TrainedWithin
 from torchtower import TowerParallel, current_tower
 
@@ -375,7 +375,7 @@ def test_activations_that_a_hook_keeps_lead_to_the_parameters(devices: list[int]
     assert_same_gradients(wrapped, plain)
 
 
-@pytest.mark.parametrize("style", ["drop-in", "tower_loss", "no_sync"])
+@pytest.mark.parametrize("style", [*STYLES, "no_sync"])
 @every_layout
 def test_what_is_trained_on_the_cpu_in_an_attribute_has_the_plain_gradient(devices: list[int], style: str) -> None:
     class Tempered(nn.Module):
@@ -395,11 +395,8 @@ def test_what_is_trained_on_the_cpu_in_an_attribute_has_the_plain_gradient(devic
     ]
     for step in range(3):
         x = rows(7, seed=step)
-        plain(x).square().mean().backward()
-        if style == "tower_loss":
-            wrapped.tower_loss(lambda net, x: net(x).square().mean(), x).backward()
-        else:
-            wrapped(x).square().mean().backward()
+        for net in (plain, wrapped):
+            loss_in(style, net, mean_of_squares_by, x).backward()
         if style == "no_sync":
             plain(x).square().sum().backward()
             with wrapped.no_sync():
