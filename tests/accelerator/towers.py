@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torchtower import TowerParallel
 
 LAYOUTS = {"two": [0, 1], "twice": [0, 1, 0, 1], "turned": [1, 0]}
 every_layout = pytest.mark.parametrize("devices", LAYOUTS.values(), ids=LAYOUTS.keys())
+OUT = ("simulated:0", "simulated:1")
 
 
 def device(index: int) -> torch.device:
@@ -62,3 +64,18 @@ def assert_go_backward_alike(plain: nn.Module, wrapped: TowerParallel, x: Tensor
 def assert_same_state(wrapped: TowerParallel, plain: nn.Module) -> None:
     for name, value in plain.state_dict().items():
         assert_same_values(wrapped.module.state_dict()[name], value)
+
+
+def feed(wrapped: TowerParallel, columns: int = 3) -> Tensor:
+    """A forward whose only copy is its input's, of 4 rows to device 1 (and its output's, back)."""
+    out = wrapped(rows(8, columns).to(device(0)))
+    assert isinstance(out, Tensor)
+    return out
+
+
+def parameters_sent(simulated: types.ModuleType, wrapped: TowerParallel, columns: int = 3) -> tuple[int, int]:
+    """Copies and bytes to device 1 in one forward, beyond the input's shard."""
+    simulated.reset_copies()
+    feed(wrapped, columns)
+    sent = simulated.copies()[OUT]
+    return sent.number - 1, sent.num_bytes - 4 * columns * 8
