@@ -41,10 +41,11 @@ class Place(NamedTuple):
     def take_changes(self) -> list[tuple[Any, Any]]:
         """Names and values, as of `Written`, that the replica's has held anew since this was last asked."""
         changes = _differences(self.known, self.twin)
+        # Of attributes nobody minds in which order they come.
+        if self.kind != "attributes" and isinstance(self.twin, dict) and _is_in_another_order(self.known, self.twin):
+            changes.append((_ORDER, tuple(self.twin)))
         if changes:
             _set_contents(self.known, self.twin)
-        if self.kind == "attributes":  # nobody minds in which order these come
-            changes = [change for change in changes if change[0] is not _ORDER]
         return changes
 
 
@@ -160,8 +161,10 @@ def _differences(before: Any, now: Any) -> list[tuple[Any, Any]]:
             return [(_ADDED, tuple(added))] if added else []
         return [(_ALL, tuple(now))]
     changed = [(name, value) for name, value in now.items() if before.get(name, _DELETED) is not value]
-    changed += [(name, _DELETED) for name in before.keys() - now.keys()]
-    # A layer may have been moved to the end, or a hook put before others.
-    if any(map(is_not, now, chain(filter(now.__contains__, before), filterfalse(before.__contains__, now)))):
-        changed.append((_ORDER, tuple(now)))
-    return changed
+    return changed + [(name, _DELETED) for name in before.keys() - now.keys()]
+
+
+def _is_in_another_order(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
+    """Whether something else is new than keys at the end: a layer moved there, or a hook put before others."""
+    expected = chain(filter(now.__contains__, before), filterfalse(before.__contains__, now))
+    return any(map(is_not, now, expected))
