@@ -21,6 +21,23 @@ def writable(leaf: Tensor) -> Tensor:
     return result
 
 
+def graph_of(tensor: Tensor) -> Any:
+    """The node that a tensor came out of; None of one without a graph, and of one whose graph torch refuses to tell.
+
+    That is a view that was made under ``no_grad``, or one of several at once, of what has been written to since. It is
+    of no use to anybody any more, but a module may hold it still.
+    """
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
+def is_cut_off(tensor: Tensor) -> bool:
+    """Whether a tensor without a graph is a view of what needs gradients, whose flag it has: made under ``no_grad``."""
+    return tensor._is_view() and tensor._base.requires_grad  # type: ignore[union-attr]
+
+
 def held_as_is(tensor: Tensor) -> Tensor:
     """A tensor with the graph that this one has now, whatever is written into it later; a leaf itself."""
     if tensor.grad_fn is None:

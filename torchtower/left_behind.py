@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.graphs import is_untouched, towers_behind
+from torchtower.graphs import graph_of, is_untouched, towers_behind
 from torchtower.original import Original
 from torchtower.outside import Slot, put_connected
 from torchtower.parts import container_of, tensors_within
@@ -113,13 +113,13 @@ def drop_new_graphs(main: Replica) -> None:
 
 def with_new_graph(main: Replica) -> list[Tensor]:
     """The buffers that the main tower's forward has given a graph: before, none had any."""
-    return [buffer for buffer in main.buffers if buffer.requires_grad and buffer.grad_fn is not None]
+    return [buffer for buffer in main.buffers if buffer.requires_grad and graph_of(buffer) is not None]
 
 
 def _bases(buffers: Sequence[Tensor]) -> list[Tensor]:
     """What has these buffers' graphs: of a view, it is what it is a view of."""
     bases: list[Any] = [buffer._base if buffer._is_view() else buffer for buffer in buffers]
-    return [base for base in {id(base): base for base in bases}.values() if base.grad_fn is not None]
+    return [base for base in {id(base): base for base in bases}.values() if graph_of(base) is not None]
 
 
 def _written_links(main: Replica) -> list[tuple[Tensor, Tensor]]:
@@ -200,7 +200,7 @@ def _new_with_graph(main: Replica, written: Sequence[Written], known: list[tuple
     tensors = {id(tensor): tensor for value in chain(values, made) for tensor in tensors_within(value, stops=stops)}
     for tensor, _ in known:
         tensors.pop(id(tensor), None)
-    return [tensor for tensor in tensors.values() if tensor.grad_fn is not None]
+    return [tensor for tensor in tensors.values() if graph_of(tensor) is not None]
 
 
 def _is_structural(written: Written) -> bool:
@@ -210,7 +210,7 @@ def _is_structural(written: Written) -> bool:
 
 def _is_followed(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.grad_fn is None
+        return graph_of(value) is None
     if isinstance(value, tuple):
         return any(map(_is_followed, iter(value)))
     return isinstance(value, nn.Module) or container_of(value) is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torchtower.collect import Sender
+from torchtower.graphs import is_cut_off
 from torchtower.reduction import Grad
 
 _local = threading.local()
@@ -32,16 +33,11 @@ def root_of(output: Grad) -> Root | None:
     if output is None or not output.requires_grad:
         return None
     node = output.grad_fn
-    if node is None and _is_cut_off(output):
+    if node is None and is_cut_off(output):
         return None
     if node is None or isinstance(node, torch._C._FunctionBase):  # a leaf; a node that its Python object does not keep
         return Root(get_gradient_edge(output), output.device)
     return Root(GradientEdge(node, output.output_nr), output.device)
-
-
-def _is_cut_off(output: Tensor) -> bool:
-    """Whether this is a view without a graph of something that has one: made under ``no_grad``."""
-    return output._is_view() and output._base.requires_grad  # type: ignore[union-attr]
 
 
 def local_backward(

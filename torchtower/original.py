@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
+from torchtower.graphs import graph_of, is_cut_off
 from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of, leads_nowhere
 from torchtower.remote import memory_of
@@ -107,7 +108,7 @@ class Original:
         modules: list[nn.Module] = []
         held_by: dict[int, _Held] = {}
         parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
-        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if b.grad_fn is None and _is_copied(b)}
+        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if graph_of(b) is None and _is_copied(b)}
         registered = [*parameters.values(), *buffers.values()]
         descendants = set(map(id, self.module.modules()))
         pending = [self.module]
@@ -121,7 +122,7 @@ class Original:
                 if isinstance(value, nn.Module):
                     if id(value) in descendants or not self._is_ancestor(value):
                         pending.append(value)
-                elif value.is_leaf and (value.requires_grad or isinstance(value, nn.Parameter)):
+                elif isinstance(value, nn.Parameter) or _is_trained(value):
                     parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
@@ -173,7 +174,7 @@ class Original:
 
     def graphs_of(self, module: nn.Module) -> list[Tensor]:
         """The tensors with a graph that a module's attributes hold."""
-        return _alive(self._held[id(module)].graphs)
+        return [tensor for tensor in _alive(self._held[id(module)].graphs) if graph_of(tensor) is not None]
 
     def check_device(self) -> None:
         """See that parameters and buffers lie on the main tower's device.
@@ -221,7 +222,7 @@ class Original:
         classes: list[Any] = list(map(type, self.modules))
         scripted = chain.from_iterable(map(facts_of, self._scripted))
         # In place a tensor is made one to be trained or given a graph, and detached.
-        turned = any(b.requires_grad for b in self.buffers) or not all(g.requires_grad for g in _alive(self._graphs))
+        turned = sum(b.requires_grad for b in self.buffers), all(g.requires_grad for g in _alive(self._graphs))
         flags = map(attrgetter("requires_grad"), self.parameters)
         return [turned, *classes, *scripted, *flags, *memory_of(self.parameters)]
 
@@ -255,7 +256,7 @@ class _Held(NamedTuple):
 
 def _held_by(module: nn.Module) -> _Held:
     found, containers = _contents(module)
-    graphs = {id(value): value for value in found if isinstance(value, Tensor) and value.grad_fn is not None}
+    graphs = {id(value): value for value in found if isinstance(value, Tensor) and graph_of(value) is not None}
     values = [value for value in found if id(value) not in graphs]
     return _Held(values, containers, list(map(weakref.ref, graphs.values())))
 
@@ -293,6 +294,10 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
             if not leads_nowhere(container):
                 pending.extend(container.values() if isinstance(container, dict) else container)
     return [value for value in found if value is not None], containers
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad and graph_of(tensor) is None and not is_cut_off(tensor)
 
 
 def _is_copied(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torchtower.graphs import graph_of
 from torchtower.parts import BOUND, cell_content, container_of
 
 _LAST = 1024
@@ -123,7 +124,7 @@ def _with_graph(value: Any) -> list[Tensor]:
     """The tensors with a graph that a value is, or that a tuple of it holds."""
     if type(value) is tuple:
         return [tensor for part in value for tensor in _with_graph(part)]
-    return [value] if isinstance(value, Tensor) and value.grad_fn is not None else []
+    return [value] if isinstance(value, Tensor) and graph_of(value) is not None else []
 
 
 def _holder_in(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from torchtower._composed import TAKEN, is_expanded
+from torchtower.graphs import graph_of
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicate import Replica
 
@@ -45,7 +46,7 @@ def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
             or part.layout is not torch.strided
             or part.is_nested
             or part.dtype not in TAKEN
-            or part.grad_fn is not None
+            or graph_of(part) is not None
             or (part.shape, part.dtype) != (main.shape, main.dtype)
         ):
             return None

@@ -24,6 +24,13 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a tensor's memory has been given back, by ``untyped_storage().resize_(0)``: it must not be read."""
+    if tensor.layout is not torch.strided or not tensor.numel() or tensor.untyped_storage().nbytes():
+        return False
+    return not is_wrapper(tensor)
+
+
 def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
     """Of each tensor where it lies."""
     return list(map(Tensor.data_ptr, tensors))

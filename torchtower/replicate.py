@@ -38,7 +38,7 @@ from torchtower.leaves import Leaves, share_attributes
 from torchtower.node import is_connected
 from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of
 from torchtower.places import Place, Written, places_of, write_back
-from torchtower.remote import copy_together, version_of
+from torchtower.remote import copy_together, is_freed, version_of
 from torchtower.rewrite import Translation
 from torchtower.scripted import install, is_scripted, twin_of
 
@@ -161,7 +161,8 @@ class Replica:
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         elsewhere = buffer.device != self._original.device
-        return buffer.detach().to(buffer.device if elsewhere else self.device, copy=True)
+        device = buffer.device if elsewhere else self.device
+        return torch.empty_like(buffer, device=device) if is_freed(buffer) else buffer.detach().to(device, copy=True)
 
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
@@ -258,16 +259,20 @@ class Replica:
         """
         if not self._is_main and self.buffers:
             before, self._buffer_versions = self._buffer_versions, {}
-            targets = []
+            sources, targets = [], []
             with torch.no_grad():
                 for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
+                    if is_freed(buffer):
+                        continue
                     if twin.requires_grad:  # an earlier forward has written into it with autograd on
                         twin.detach_()
                     if buffer.shape != twin.shape or buffer.dtype != twin.dtype:  # observers resize theirs
                         twin.data = torch.empty_like(buffer, device=twin.device)
                     version = self._buffer_versions[id(buffer)] = version_of(buffer)
+                    sources.append(buffer)
                     targets.append(twin.data if before.get(id(buffer)) == version else twin)
-                copy_together(self._original.buffers, targets)
+                if targets:
+                    copy_together(sources, targets)
 
     def take_written(self) -> list[Written]:
         """What this replica wrote into attributes and dicts since the last call, as values of the replica's world."""
