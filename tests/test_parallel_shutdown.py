@@ -289,7 +289,8 @@ class Features(torch.utils.data.Dataset):
 model = towers(Slow(3, 2))
 torch.set_num_threads(2)
 torch.rand(1 << 22).add_(1)  # on two threads of OpenMP
-assert sum(len(batch) for batch in DataLoader(Features(), batch_size=1, num_workers=2, timeout=20)) == 4
+loader = DataLoader(Features(), batch_size=1, num_workers=2, timeout=20, multiprocessing_context="fork")
+assert sum(len(batch) for batch in loader) == 4
 """, 60)  # fmt: skip
 
 
