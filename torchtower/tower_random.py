@@ -68,7 +68,7 @@ class _DefaultGeneratorOfThread:
 class _RandomModule(ModuleType):
     """``torch.random`` for those outside of it, who may hand its generator to an operator."""
 
-    # No property: from Python 3.14 on, code that runs often finds what stands in a module's dict, whatever its class has.
+    # No property: from Python 3.14 on, code that runs often finds what the module's dict has, whatever its class has.
     def __getattribute__(self, name: str) -> Any:
         return _cpu_generator_here() if name == "default_generator" else super().__getattribute__(name)
 
