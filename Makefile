@@ -1,5 +1,5 @@
 # make train: environment, build, the main job on real images.   make test: environment, build, the whole test suite.
-# Both need Python 3.10+, g++ and make; a second run installs and builds only what has changed.
+# Both need Python 3.11+, g++ and make; a second run installs and builds only what has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

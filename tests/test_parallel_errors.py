@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 import threading
 import time
 import weakref
@@ -207,7 +206,6 @@ def test_one_tower_raises_the_modules_own_error() -> None:
     assert caught.value is error
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions take no notes")
 def test_a_towers_error_tells_how_the_batch_was_split() -> None:
     class Weighted(nn.Module):
         def forward(self, logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

@@ -264,11 +264,11 @@ def _add_words(error: BaseException, tower: str) -> None:
 
 
 def add_note(error: BaseException, begin: str, rest: str) -> None:
-    """Have a line printed below an error's own words, where Python (from 3.11 on) and the error allow it.
+    """Have a line printed below an error's own words, where the error allows it.
 
     It takes the place of one that begins alike, as an object that is raised again may have.
     """
     with suppress(Exception):
-        error.add_note(begin + rest)  # type: ignore[attr-defined,unused-ignore]
-        notes: list[str] = error.__notes__  # type: ignore[attr-defined,unused-ignore]
+        error.add_note(begin + rest)
+        notes = error.__notes__
         notes[:-1] = [note for note in notes[:-1] if not note.startswith(begin)]

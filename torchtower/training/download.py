@@ -89,7 +89,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
     """Write the plain files that lie right in the archive's folder of that name, and no other.
 
     Nothing else of an archive can land anywhere: `TarFile.extractall` is as safe only with a
-    `filter`, which Python has from 3.10.12 and 3.11.4.
+    `filter`, which Python has from 3.11.4.
     """
     for entry in tar:
         path = PurePosixPath(entry.name)
