@@ -226,6 +226,11 @@ class _Extractor:
         self.by_name["out"].append(output)
 
 
+class _ExtractorModule(nn.Module):
+    def hook(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.feature = output
+
+
 _global_extractor = _Extractor()
 
 
@@ -299,17 +304,17 @@ def test_activations_lead_to_the_parameters_though_a_hook_adds_them_up_over_towe
     assert_same_gradients(wrapped, plain)
 
 
-@pytest.mark.parametrize("kind", ["method", "global"])
+@pytest.mark.parametrize("kind", ["method", "method of a module apart", "global"])
 def test_the_one_activation_that_a_hook_keeps_is_some_towers(kind: str) -> None:
     # Towers overwrite it in no order, as nn.DataParallel's replicas do: rows that are alike make them one.
-    extractor = _Extractor()
-    hook = extractor.hook if kind == "method" else _keep_in_a_global_name
+    extractor: Any = _ExtractorModule() if kind == "method of a module apart" else _Extractor()
+    hook = _keep_in_a_global_name if kind == "global" else extractor.hook
     plain, wrapped = twins(mlp(), 2)
     x = batch(1).expand(4, 3)
     for net in (plain, wrapped):
         getattr(net, "module", net)[0].register_forward_hook(hook)
         net(x)
-        (extractor.feature if kind == "method" else _global_feature).mean(0).sum().backward()
+        (_global_feature if kind == "global" else extractor.feature).mean(0).sum().backward()
     assert_same_gradients(wrapped, plain)
 
 

@@ -361,6 +361,24 @@ def test_a_tensor_in_a_plain_attribute_trains_as_in_the_plain_module() -> None:
     assert_close(wrapped.module.extra[0].grad, plain.extra[0].grad)
 
 
+@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.requires_grad_, Tensor.detach])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_tensors_in_attributes_have_their_own_attributes_in_every_tower(num_towers: int, kind: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.extra = nn.Linear(3, 3), kind(torch.ones(3))
+            self.extra.scale = 3.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.extra.scale
+
+    plain = Net().double()
+    wrapped = wrap(copy.deepcopy(plain), num_towers)
+    plain.extra.scale = wrapped.module.extra.scale = 2.0
+    assert_go_backward_alike(plain, wrapped, batch(7))
+
+
 def test_a_parameter_subclass_stays_one_in_every_tower() -> None:
     class Special(nn.Parameter):
         pass

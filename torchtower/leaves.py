@@ -92,10 +92,8 @@ def _take_over_hooks(before: Any, leaf: Any) -> None:
 
 def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
     data = storage.detach()
-    if not isinstance(parameter, nn.Parameter):
-        return data.requires_grad_(parameter.requires_grad)
     # An inference tensor that requires grad gets none all the same.
-    leaf = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
+    leaf: Tensor = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
     if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
         leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
     share_attributes(leaf, parameter)

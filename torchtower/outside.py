@@ -80,6 +80,8 @@ class Outside:
                 pending.extend((value.func, *value.args, *value.keywords.values()))
             elif isinstance(value, BOUND):
                 pending.append(value.__self__)
+            elif isinstance(value, nn.Module):  # apart from the tree
+                self._roots.append(vars(value))
             elif (holder := _holder_in(value)) is not None:
                 self._roots.append(holder)
 
