@@ -197,7 +197,7 @@ def _defined_by(kind: type) -> set[str]:
 
 def _tell(value: Any) -> str:
     children = children_of(value)
-    if children is None or isinstance(value, Tensor):
+    if children is None:
         return type(value).__name__
     kind = type(value).__name__
     names = names_of(value)

@@ -14,11 +14,10 @@ from torchtower.reduction import Grad
 
 def writable(leaf: Tensor) -> Tensor:
     """The same tensor, but no leaf: autograd refuses to let a forward write into a leaf that needs gradients."""
-    result: Tensor = _Writable.apply(leaf)  # type: ignore[no-untyped-call]
-    node: Any = result.grad_fn
-    if node is not None:
-        node.output = weakref.ref(result)  # where its hooks are found
-    return result
+    result: Any = _Writable.apply(leaf)  # type: ignore[no-untyped-call]
+    result.grad_fn.output = weakref.ref(result)  # where its hooks are found
+    written: Tensor = result
+    return written
 
 
 def graph_of(tensor: Tensor) -> Any:
@@ -42,11 +41,10 @@ def held_as_is(tensor: Tensor) -> Tensor:
     """A tensor with the graph that this one has now, whatever is written into it later; a leaf itself."""
     if tensor.grad_fn is None:
         return tensor
-    with torch.enable_grad():
-        held = writable(tensor)
-    source: Any = held
-    source.held_for = weakref.ref(tensor)
-    return held
+    held: Any = writable(tensor)
+    held.held_for = weakref.ref(tensor)
+    source: Tensor = held
+    return source
 
 
 def is_untouched(tensor: Tensor) -> bool:

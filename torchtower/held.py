@@ -58,15 +58,14 @@ class HeldGradients:
         _hear_of_zero_grad()
         while len(self._towers) < len(local_grads):
             self._towers.append({})
-        with torch.no_grad():
-            for held, grads, weight in zip(self._towers, local_grads, weights, strict=False):
-                for parameter, grad, is_chosen in zip(parameters, grads, chosen, strict=False):
-                    if grad is None or weight == 0 or not is_chosen:
-                        continue
-                    share = grad * weight if weight != 1 else own([grad])[0] if in_place else grad.clone()
-                    before = _like(parameter, held.get(id(parameter)))
-                    held[id(parameter)] = share if before is None else before + share
-                    self._parameters[id(parameter)] = parameter
+        for held, grads, weight in zip(self._towers, local_grads, weights, strict=False):
+            for parameter, grad, is_chosen in zip(parameters, grads, chosen, strict=False):
+                if grad is None or weight == 0 or not is_chosen:
+                    continue
+                share = grad * weight if weight != 1 else own([grad])[0] if in_place else grad.clone()
+                before = _like(parameter, held.get(id(parameter)))
+                held[id(parameter)] = share if before is None else before + share
+                self._parameters[id(parameter)] = parameter
         is_kept = [*chosen, *[False] * (len(local_grads[0]) - len(chosen))]
         return [[None if k else g for g, k in zip(grads, is_kept, strict=True)] for grads in local_grads]
 

@@ -41,7 +41,7 @@ def map_tensors(
     """
     if isinstance(value, Tensor):
         return function(value)
-    if type(value) is tuple and value:  # most batches are made of these and tensors alone
+    if type(value) is tuple:  # most batches are made of these and tensors alone
         return tuple([function(v) if isinstance(v, Tensor) else map_tensors(function, v, of_other) for v in value])
     children = children_of(value)
     if not children:

@@ -122,7 +122,7 @@ class Original:
                 if isinstance(value, nn.Module):
                     if id(value) in descendants or not self._is_ancestor(value):
                         pending.append(value)
-                elif isinstance(value, nn.Parameter) or _is_trained(value):
+                elif isinstance(value, nn.Parameter) or (value.requires_grad and not is_cut_off(value)):
                     parameters.setdefault(id(value), value)
                 elif _is_copied(value) and (value.device == self.device or _is_small(value)):
                     buffers.setdefault(id(value), value)
@@ -148,7 +148,7 @@ class Original:
 
     def _is_ancestor(self, module: nn.Module) -> bool:
         # A child that keeps [parent] in an attribute must not make us replicate whatever contains us.
-        return module is not self.module and any(m is self.module for m in module.modules())
+        return any(each is self.module for each in module.modules())
 
     def _watched(self, module: nn.Module) -> Iterator[Any]:
         yield module.__dict__
@@ -294,10 +294,6 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
             if not leads_nowhere(container):
                 pending.extend(container.values() if isinstance(container, dict) else container)
     return [value for value in found if value is not None], containers
-
-
-def _is_trained(tensor: Tensor) -> bool:
-    return tensor.requires_grad and graph_of(tensor) is None and not is_cut_off(tensor)
 
 
 def _is_copied(tensor: Tensor) -> bool:

@@ -59,9 +59,8 @@ _made: dict[int, weakref.ref[Any]] = {}
 def note_made(value: Any) -> None:
     """Let towers get copies of an object from now on: it leads to its module, and a forward has made it."""
     key = id(value)
-    if key not in _made:
-        with suppress(TypeError):  # there are no weak references to some
-            _made[key] = weakref.ref(value, lambda reference: _made.pop(key, None))
+    with suppress(TypeError):  # there are no weak references to some
+        _made[key] = weakref.ref(value, lambda reference: _made.pop(key, None))
 
 
 def note_alike(value: Any, twin: Any) -> None:
@@ -130,7 +129,7 @@ def parts_of(value: Any, *, deep: bool = False) -> list[Any] | None:
 
 def is_foreign(value: Any) -> bool:
     """Whether copies of such a value can be made by its class alone."""
-    return parts_of(value) is None or (id(value) in _made and not is_record(value))
+    return parts_of(value) is None or id(value) in _made
 
 
 def entries_of(value: Any) -> Iterator[tuple[str, Any, Any]]:

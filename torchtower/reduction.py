@@ -40,7 +40,7 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
     if len(towers) == 1 and weights[0] == 1 and _are_dense(grads):
         return list(_sum_dense([grads], weights, in_place))
     is_usual = _PLAIN.issuperset(map(type, grads)) and not _have_zeros(towers[0])
-    if is_usual and len(towers) > 1 and 0 not in weights and not _are_followed(grads, in_place):
+    if is_usual and not _are_followed(grads, in_place):
         firsts = grads[: len(towers[0])]
         out: Sequence[Any] = own(firsts) if in_place else list(map(torch.empty_like, firsts))
         try:
@@ -147,4 +147,4 @@ def dense(grads: list[Tensor]) -> list[Tensor]:
     if all(grad.layout is torch.strided for grad in grads):
         return grads
     # Repeated rows of a sparse gradient are summed on the way, so all of it is done in the sum's dtype.
-    return [wide.to_dense() if wide.is_sparse else wide for wide in map(_composed.wide, grads)]
+    return [wide.to_dense() for wide in map(_composed.wide, grads)]

@@ -137,7 +137,7 @@ class _Copy:
         while pending and len(holders_of) < self._most:
             holder = pending.pop()
             is_inner = id(holder) in inner or isinstance(holder, CALLABLES)
-            if id(holder) in self._table or leads_nowhere(holder) or (is_inner and is_table(holder)):
+            if leads_nowhere(holder) or (is_inner and is_table(holder)):
                 continue
             parts = self._parts(holder) or ()
             if is_inner:
