@@ -47,6 +47,12 @@ def test_outputs_that_differ_between_towers_are_named(kind: str) -> None:
         wrap(Differing(first, other), 3)(batch(6))
 
 
+@pytest.mark.parametrize(("first", "other"), [(float("nan"), 1.0), (1.0, float("nan"))])
+def test_what_is_no_number_in_some_towers_alone_is_a_difference(first: float, other: float) -> None:
+    with pytest.raises(ValueError, match=rf"the output\[1\] .*{first} .*tower 1.*{other}"):
+        wrap(Differing(lambda x: (x, first), lambda x: (x, other)), 3)(batch(6))
+
+
 @pytest.mark.parametrize(
     ("output", "words"),
     [

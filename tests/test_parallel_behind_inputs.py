@@ -125,6 +125,28 @@ def test_outputs_of_inputs_of_their_own_go_backward_one_by_one(order: tuple[int,
 
 
 @every_count
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_an_output_of_a_plain_input_goes_backward_before_that_of_one_with_a_graph(
+    is_shared: bool, num_towers: int
+) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Linear(2, 3)
+            self.right = self.left if is_shared else nn.Linear(2, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(y).tanh()
+
+    def train(net: nn.Module, encoder: nn.Sequential) -> None:
+        left, right = net(encoder(batch(7)).tanh(), batch(7, 2, seed=1))
+        right.square().sum().backward()
+        left.square().sum().backward()
+
+    assert_trains_alike(Heads(), num_towers, train)
+
+
+@every_count
 @pytest.mark.parametrize("has_trunk", [False, True])
 def test_all_of_them_go_backward_in_one(has_trunk: bool, num_towers: int) -> None:
     def train(net: nn.Module, encoder: nn.Sequential) -> None:

@@ -19,6 +19,7 @@ from tests.helpers import (
     SEVERAL,
     STYLES,
     assert_close,
+    assert_go_backward_alike,
     assert_same_gradients,
     batch,
     in_threads,
@@ -26,7 +27,7 @@ from tests.helpers import (
     twins,
     wrap,
 )
-from tests.modules import Scaled, Switching
+from tests.modules import Scaled, Switching, TwoHeads
 from torchtower import TowerParallel
 from torchtower.held import HeldGradients
 
@@ -148,6 +149,19 @@ def test_a_change_that_a_call_refuses_is_no_trouble_for_earlier_calls(num_towers
 
 
 @pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_module_that_a_call_refuses_for_its_device_is_no_trouble_for_earlier_calls(num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    losses = [sum(net(batch(7, seed=seed)).square().sum() for seed in (0, 1)) for net in (plain, wrapped)]
+    wrapped.module.add_module("elsewhere", nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="meta"):
+        wrapped(batch(7))
+    for loss in losses:
+        loss.backward()
+    del wrapped.module.elsewhere
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
 def test_what_towers_have_left_for_their_backwards_stays(num_towers: int) -> None:
     class Remembering(nn.Module):
         def __init__(self) -> None:
@@ -192,6 +206,28 @@ def test_a_batch_written_over_in_between_is_refused_as_by_the_plain_module(num_t
             continue
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_batch_written_over_between_two_backwards_is_refused_by_the_second(num_towers: int) -> None:
+    for net in twins(mlp(), num_towers):
+        x = batch(7)
+        loss = net(x).sum()
+        loss.backward(retain_graph=True)
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_batch_written_over_when_one_output_has_gone_backward_is_refused_by_the_other(num_towers: int) -> None:
+    for net in twins(TwoHeads(), num_towers):
+        x = batch(7)
+        left, right = net(x)
+        left.sum().backward()
+        x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            right.sum().backward()
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
@@ -330,6 +366,15 @@ def test_gradients_asked_for_within_no_sync_are_given_at_once() -> None:
     theirs = torch.autograd.grad(plain(batch(8)).sum(), list(plain.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_gradients_asked_for_of_a_forward_within_no_sync_are_not_kept(num_towers: int) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    with wrapped.no_sync():
+        out = wrapped(batch(8))
+    torch.autograd.grad(out.sum(), list(wrapped.parameters()))
+    assert_go_backward_alike(plain, wrapped, batch(8))
 
 
 def test_the_gradient_of_a_frozen_parameter_is_kept_until_it_is_thawed() -> None:

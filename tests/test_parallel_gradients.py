@@ -260,6 +260,20 @@ def test_hooks_of_what_the_loss_does_not_depend_on_are_not_called(num_towers: in
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_hook_that_another_removes_within_the_backward_stays_removed(num_towers: int) -> None:
+    plain, wrapped = twins(Heads(), num_towers)
+    for net, module in ((plain, plain), (wrapped, wrapped.module)):
+        x, y = batch(6), batch(6, seed=1, requires_grad=True)
+        called: list[Tensor] = []
+        handle = y.register_hook(called.append)
+        module.left.weight.register_post_accumulate_grad_hook(lambda _, handle=handle: handle.remove())
+        net(x, y)[0].sum().backward()
+        net(x, y)[1].sum().backward()
+        assert not called
+    assert_same_gradients(wrapped, plain)
+
+
 @pytest.mark.parametrize("num_towers", SEVERAL)
 def test_hooks_of_outputs_that_the_loss_leaves_out_are_not_called(num_towers: int) -> None:
     plain, wrapped = twins(TwoHeads(), num_towers)

@@ -220,6 +220,29 @@ def test_tuples_of_a_class_keep_its_attributes() -> None:
         assert_close(out[1], x)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_tuples_constructor_computes_is_computed_of_each_towers_entries(num_towers: int) -> None:
+    class Averaged(tuple[Any, ...]):
+        mean: Tensor
+
+        def __new__(cls, items: Any) -> Averaged:
+            made = super().__new__(cls, items)
+            made.mean = made[0].mean(0)
+            return made
+
+    class Net(OneLayer):
+        def forward(self, given: Averaged) -> Averaged:
+            assert torch.equal(given.mean, given[0].mean(0))
+            return Averaged([self.fc(given[0]), self.fc(given[0] - given[1])])
+
+    plain, wrapped = twins(Net(), num_towers)
+    out, expected = (net(Averaged([batch(7), batch(7, seed=1)])) for net in (wrapped, plain))
+    for got in (out, expected):
+        (got.mean.square().sum() + got[1].square().sum()).backward()
+    assert_close(out.mean, expected.mean)
+    assert_same_gradients(wrapped, plain)
+
+
 def test_a_mapping_without_tensors_stays_the_very_same_object() -> None:
     class Settings(Mapping[str, Any]):
         def __init__(self, name: str = "default", **values: Any) -> None:

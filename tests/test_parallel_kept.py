@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.containers import Box
-from tests.helpers import SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
-from tests.modules import AuxiliaryLoss
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
+from tests.modules import AuxiliaryLoss, Scaled
 
 
 def _in_a_dict(net: Any, loss: Tensor) -> None:
@@ -176,6 +176,23 @@ def test_a_buffer_with_a_graph_gets_gradients() -> None:
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_with_the_users_graph_keeps_it(num_towers: int) -> None:
+    found = []
+    for net in twins(Scaled(), num_towers):
+        inner = getattr(net, "module", net)
+        weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        inner.scale = weight * 2
+        node = inner.scale.grad_fn
+        for seed in range(2):
+            net(batch(7, seed=seed)).square().sum().backward(retain_graph=True)
+            assert inner.scale.grad_fn is node
+        found.append((net, weight.grad))
+    (plain, expected), (wrapped, got) = found
+    assert_close(got, expected)
+    assert_same_gradients(wrapped, plain)
+
+
 def test_what_an_earlier_forward_left_unused_is_no_part_of_the_next_backward() -> None:
     wrapped = wrap(AuxiliaryLoss(), 2)
     for _ in range(3):  # a backward into the graph of the step before would raise
@@ -282,6 +299,30 @@ def test_activations_that_a_hook_keeps_lead_to_the_parameters(index: int, num_to
         (net(batch(8)).square().sum() + sum(f.square().sum() for f in features())).backward()
         grads.append(net)
     assert_same_gradients(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_hook_keeps_of_a_parameter_beside_the_module_leads_to_it(num_towers: int) -> None:
+    found = []
+    for net in twins(mlp(), num_towers):
+        scale = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        scaled: list[Tensor] = []
+        apart: list[Tensor] = []
+
+        def keep(
+            layer: nn.Module, args: Any, out: Tensor, scale: Tensor = scale, scaled: Any = scaled, apart: Any = apart
+        ) -> None:
+            scaled.append(out * scale)
+            apart[:] = [scale * 3]
+
+        getattr(net, "module", net)[0].register_forward_hook(keep)
+        for seed in range(2):
+            net(batch(8, seed=seed))
+        sum([part.square().sum() for part in (*scaled, *apart)]).backward()  # type: ignore[union-attr]
+        found.append((net, scale.grad))
+    (plain, expected), (wrapped, got) = found
+    assert_close(got, expected)
+    assert_same_gradients(wrapped, plain)
 
 
 @pytest.mark.parametrize("sum_first", [True, False])

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, twins, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    STYLES,
+    assert_close,
+    assert_same_gradients,
+    batch,
+    loss_in,
+    mean_of_squares_by,
+    twins,
+    wrap,
+)
 from tests.modules import OneLayer, TrainedWithin
 from torchtower import current_tower
 
@@ -45,6 +55,25 @@ def test_what_the_main_towers_forward_leaves_behind_is_kept(num_towers: int) -> 
     assert net.log == [4, 4, 4] and net.table == {1: "seen", 2: "seen", 3: "seen"}
     assert torch.equal(net.last_input, x[:4])
     assert "assigned" in net._buffers and isinstance(net.assigned, Tensor)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_forward_writes_into_containers_in_a_tuple_is_kept(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair: tuple[list[int], dict[str, int]] = ([], {})
+
+        def forward(self, x: Tensor) -> Tensor:
+            log, counts = self.pair
+            log.append(len(log))
+            counts["calls"] = counts.get("calls", 0) + 1
+            return self.fc(x)
+
+    plain, wrapped = twins(Net(), num_towers)
+    for _ in range(3):
+        assert_close(wrapped(batch(7)), plain(batch(7)))
+    assert wrapped.module.pair == plain.pair == ([0, 1, 2], {"calls": 3})
 
 
 def test_other_towers_start_each_forward_from_the_main_towers_state() -> None:
@@ -206,6 +235,39 @@ def test_a_submodule_made_in_the_first_forward_is_trained() -> None:
     assert_close(wrapped.module.head.weight.grad, batch(4).sum(0).expand(2, 3).contiguous())
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("is_appended", [True, False])
+def test_a_layer_that_the_first_forward_puts_into_a_plain_list_is_trained(
+    is_appended: bool, style: str, num_towers: int
+) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra: list[nn.Module] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.extra:
+                layer = nn.Linear(3, 2).double()
+                for parameter in layer.parameters():
+                    nn.init.constant_(parameter, 0.5)
+                if is_appended:
+                    self.extra.append(layer)
+                else:
+                    self.extra = [layer]
+            return self.fc(x) + self.extra[0](x).square()
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net in (plain, wrapped):
+        with torch.no_grad():
+            net(batch(7))
+    for step in range(3):
+        for net in (plain, wrapped):
+            loss_in(style, net, mean_of_squares_by, batch(7, seed=step)).backward()
+    assert_same_gradients(wrapped, plain)
+    assert_same_gradients(wrapped.module.extra[0], plain.extra[0])
+
+
 def test_attributes_changed_on_the_wrapped_module_reach_every_tower() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -244,6 +306,24 @@ def test_a_backward_within_the_forward_reaches_the_parameters_with_the_forward(n
     wrapped.zero_grad()
     for net in (plain, wrapped):
         net(batch(7)).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_sparse_gradient_of_a_backward_within_the_forward_is_added_to_a_dense_one(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 2, sparse=True)
+
+        def forward(self, indices: Tensor) -> Tensor:
+            self.table(indices).square().sum().backward()
+            return indices.double()
+
+    plain, wrapped = twins(Net(), num_towers)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        inner.table.weight.grad = batch(4, 2)
+        net(torch.tensor([0, 1, 1, 3, 0, 3, 1]))
     assert_same_gradients(wrapped, plain)
 
 

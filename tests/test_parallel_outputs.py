@@ -166,6 +166,24 @@ def test_scalar_outputs_become_a_vector_with_one_element_a_tower(num_towers: int
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_scalar_output_is_a_vector_though_one_tower_alone_has_a_row(num_towers: int) -> None:
+    plain, wrapped = twins(WithOutput(lambda h: h.square().mean()), num_towers)
+    out, expected = wrapped(batch(1)), plain(batch(1))
+    assert_close(out, expected[None])
+    out.sum().backward()
+    expected.backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_numbers_that_each_tower_computes_alike_are_one(num_towers: int) -> None:
+    plain, wrapped = twins(WithOutput(lambda h: (h, h.size(1) * 0.37)), num_towers)
+    (out, number), (expected, same) = wrapped(batch(7)), plain(batch(7))
+    assert_close(out, expected)
+    assert number == same
+
+
 def test_outputs_that_need_no_gradient_stay_outside_the_graph() -> None:
     wrapped = wrap(WithOutput(lambda h: (h, h.detach(), torch.ones(len(h)))).double(), 2)
     with_grad, detached, constant = wrapped(batch(4))
@@ -190,6 +208,18 @@ def test_an_output_that_is_an_input_or_a_parameter_carries_gradients() -> None:
     (same.sum() * 3 + weights.sum()).backward()
     assert_close(x.grad, torch.full_like(x, 3.0))
     assert_close(net.module.weight.grad, torch.full((1, 3), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_parameter_among_the_outputs_has_no_graph_under_no_grad(num_towers: int) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fc(x), self.fc.weight
+
+    wrapped = wrap(Net().double(), num_towers)
+    with torch.no_grad():
+        outputs = wrapped(batch(7))
+    assert [out.requires_grad for out in outputs] == [False, False]
 
 
 def test_a_gathered_output_may_be_written_to() -> None:

@@ -18,6 +18,8 @@ from tests.helpers import (
     assert_go_backward_alike,
     assert_same_gradients,
     batch,
+    loss_in,
+    mean_of_squares_by,
     mlp,
 )
 from tests.modules import OneLayer
@@ -114,6 +116,32 @@ def test_a_tower_loss_over_an_own_scatter_weighs_by_the_rows_of_each_shard() -> 
     assert_close(ours, x.grad)
     assert_same_gradients(wrapped, plain)
     assert len(wrapped.tower_losses) == 3
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_tower_loss_over_an_own_scatter_weighs_by_the_columns_where_these_are_split(num_towers: int) -> None:
+    class ByColumns(TowerParallel):
+        def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
+            (x,) = inputs
+            shards = [x[:, :1], *x[:, 1:].chunk(len(device_ids) - 1, dim=1)]
+            return [(shard,) for shard in shards], [kwargs] * len(shards)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.weight * x).tanh()
+
+    plain = Net().double()
+    wrapped = ByColumns(copy.deepcopy(plain), device_ids=["cpu"] * num_towers, dim=1)
+    x = batch(3, 8)
+    loss, expected = (loss_in("tower loss", net, mean_of_squares_by, x) for net in (wrapped, plain))
+    loss.backward()
+    expected.backward()
+    assert_close(loss, expected)
+    assert_same_gradients(wrapped, plain)
 
 
 def test_a_gradient_penalty_goes_through_an_own_scatter() -> None:

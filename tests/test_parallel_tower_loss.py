@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.helpers import (
     EVERY_COUNT,
+    SEVERAL,
     assert_close,
     assert_same_gradients,
     batch,
@@ -46,6 +47,23 @@ def test_masked_tokens_as_weights_give_the_mean_over_tokens(num_towers: int) -> 
     expected = F.cross_entropy(plain(x), target)
     expected.backward()
     assert_close(got, expected)
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_within_no_sync_a_tower_without_tokens_adds_nothing_though_its_mean_is_no_number(num_towers: int) -> None:
+    def loss_fn(net: nn.Module, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return (net(x).sum(1) * mask).sum() / mask.sum(), mask.sum()
+
+    plain, wrapped = twins(mlp(), num_towers)
+    x = batch(2 * num_towers)
+    mask = torch.ones(len(x), dtype=torch.float64)
+    mask[2:4] = 0
+    with wrapped.no_sync():
+        wrapped.tower_loss(loss_fn, x, mask).backward()
+    wrapped.tower_loss(loss_fn, x, mask).backward()
+    for _ in range(2):
+        loss_fn(plain, x, mask)[0].backward()
     assert_same_gradients(wrapped, plain)
 
 

@@ -136,6 +136,28 @@ def test_a_loss_that_is_detached_after_the_step_is_added_to_in_the_next(
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_forward_may_detach_the_state_of_the_last_one_in_place(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            if self.state is not None:
+                self.state.detach_()
+                out = out * self.state
+            self.state = self.fc.weight.sum(1)
+            return out
+
+    plain, wrapped = twins(Net(), num_towers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            net(batch(7, seed=step)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
 @pytest.mark.parametrize("place", ["attribute", "view"])
 def test_a_write_is_counted_once(place: str, num_towers: int) -> None:
     pairs = both(Auxiliary(place), num_towers)
@@ -268,6 +290,22 @@ def test_a_loss_added_to_by_a_forward_that_raises_keeps_its_value_and_no_tower_g
     for net, inner in pairs:
         (net(batch(7)).square().sum() + inner.aux).backward()
     assert_alike(pairs)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_forward_that_has_added_to_a_buffer_that_is_a_view_raises_its_own_error(num_towers: int) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            self.aux += self.fc.weight.square().sum()
+            raise ValueError("the user's own")
+
+    pairs = both(Net(), num_towers)
+    for net, inner in pairs:
+        inner.register_buffer("aux", torch.zeros(2, 2, dtype=torch.float64)[0])
+        with pytest.raises(ValueError, match="the user's own"):
+            net(batch(7))
+    (_, plain), (_, module) = pairs
+    assert_close(module.aux, plain.aux)
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
