@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -373,3 +374,20 @@ def test_what_a_function_closes_over_apart_from_the_module_may_be_bound_anew(way
         else:
             wrapped(batch(8))
             assert scale[0] == step + 1
+
+
+def test_an_attribute_deleted_from_a_namespace_that_leads_to_a_layer_is_gone_in_every_tower() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = types.SimpleNamespace(layer=self.fc, scale=2.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.kept.layer(x)
+            return y * getattr(self.kept, "scale", 1.0)
+
+    plain, wrapped = twins(Net(), 2)
+    both_go_backward(plain, wrapped)
+    for inner in (plain, wrapped.module):
+        del inner.kept.scale
+    both_go_backward(plain, wrapped)

@@ -269,6 +269,39 @@ def test_a_mapping_without_tensors_stays_the_very_same_object() -> None:
         wrap(Scaled(), 2)(x, Settings("run", scale=x))
 
 
+@dataclasses.dataclass
+class Options:
+    scale: int
+
+
+def _spend(options: Options) -> int:
+    scale, options.scale = options.scale, 0
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("options", "spend"),
+    [(OrderedDict(scale=3), lambda options: options.pop("scale")), (Options(3), _spend)],
+    ids=["OrderedDict", "dataclass"],
+)
+def test_options_that_a_forward_writes_to_are_each_towers_own(options: Any, spend: Any) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, options: Any) -> Tensor:
+            return x * spend(options)
+
+    assert_close(wrap(Net(), 2, max_concurrency=1)(batch(5), options), batch(5) * 3)
+
+
+def test_a_dataclass_keeps_attributes_that_are_no_fields() -> None:
+    class Net(nn.Module):
+        def forward(self, given: Any) -> Tensor:
+            return given.left * given.scale
+
+    given: Any = Data(batch(5), batch(5))
+    given.scale = 3
+    assert_close(wrap(Net(), 2)(given), batch(5) * 3)
+
+
 def test_subclasses_of_containers_keep_their_type_and_default_factory() -> None:
     seen = []
 

@@ -26,6 +26,7 @@ from tests.helpers import (
     wrap,
 )
 from tests.modules import OneLayer
+from torchtower import current_tower
 
 
 class Pair(tuple[Any, Any]):
@@ -284,3 +285,99 @@ def test_a_bound_method_of_a_parameter_is_that_of_the_replicas_own(towers: int) 
     (grad,) = torch.autograd.grad(wrapped(x).square().sum(), net.fc.weight)
     (expected,) = torch.autograd.grad(net(x).square().sum(), net.fc.weight)
     assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_function_over_a_large_table_of_layers_writes_into_the_users(nested: bool) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            table: dict[Any, Any] = dict.fromkeys(range(2000), self.fc)
+            held = [table] if nested else table
+            self.note = lambda tower: (held[0] if nested else held).update({f"tower {tower}": tower})
+            self.table = lambda: held[0] if nested else held
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.note(current_tower())
+            return self.fc(x)
+
+    net = Net().double()
+    wrap(net, 2)(batch(4))
+    assert list(net.table())[2000:] in (["tower 0", "tower 1"], ["tower 1", "tower 0"])
+
+
+def test_a_list_that_a_function_closes_over_beside_the_module_has_one_entry_a_tower() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            fc, towers = self.fc, []
+            self.towers = lambda: towers
+            self.apply_layer = lambda x: (towers.append(current_tower()), fc(x))[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.apply_layer(x)
+
+    net = Net().double()
+    wrap(net, 3)(batch(6))
+    assert sorted(net.towers()) == [0, 1, 2]
+
+
+def test_a_function_over_a_name_that_is_not_bound_yet_leads_to_the_towers_own() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            fc = self.fc
+
+            def call(x: Tensor) -> Tensor:
+                return fc(x) if isinstance(x, Tensor) else later(x)
+
+            self.call = call
+            if self.fc is None:
+                later = self.fc
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.call(x)
+
+    net = Net().double()
+    plain = copy.deepcopy(net.fc)
+    for model in (plain, wrap(net, 2)):
+        model(batch(7)).square().sum().backward()
+    assert_same_gradients(net.fc, plain)
+
+
+def test_a_frozen_set_of_submodules_is_of_the_towers_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+            self.both = frozenset({self.first, self.second})
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.both == {self.first, self.second}
+            return self.first(x) * self.second(x)
+
+    assert_trains_alike(Net(), 3, batch(7))
+
+
+def test_a_module_around_the_wrapped_one_is_itself_in_every_tower() -> None:
+    seen = []
+
+    class Inner(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.around[0])
+            return self.fc(x)
+
+    outer = nn.Sequential(Inner())
+    outer[0].around = [outer]
+    wrap(outer[0], 2)(torch.ones(4, 3))
+    assert len(seen) == 2 and all(each is outer for each in seen)
+
+
+def test_what_else_a_module_around_the_wrapped_one_holds_may_be_lazy() -> None:
+    outer = nn.Sequential(OneLayer().double(), nn.LazyLinear(4))
+    plain = copy.deepcopy(outer[0])
+    outer[0].around = [outer]
+    wrapped = wrap(outer[0], 2)
+    for net in (plain, wrapped):
+        net(batch(7)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import UserDict, deque
 from typing import Any
 
 import pytest
@@ -427,3 +427,31 @@ def test_what_a_forward_that_raises_has_left_is_kept_as_in_the_plain_module(num_
     rows = len(wrapped.module[1].feature)
     assert_close(wrapped.module[1].feature, plain[1].feature[:rows])
     assert_close(wrapped(batch(8)), plain(batch(8)))
+
+
+def test_the_error_of_a_forward_that_has_put_a_dict_in_another_order_is_the_users() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[str, Any] = {"first": 1, "second": 2}
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.kept.pop("first")
+            self.kept["loss"] = self.fc(x).sum()
+            self.kept["first"] = first
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        wrap(Net().double(), 2)(batch(4))
+
+
+def test_a_forward_may_fill_an_empty_mapping_of_a_class_of_its_own() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor, seen: UserDict[Any, int]) -> Any:
+            assert not seen
+            seen[current_tower()] = len(x)
+            return self.fc(x)
+
+    seen: UserDict[Any, int] = UserDict()
+    wrap(Net().double(), 3, max_concurrency=1)(batch(7), seen)
+    assert dict(seen) == {0: 3, 1: 2, 2: 2}

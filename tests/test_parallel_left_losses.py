@@ -161,3 +161,18 @@ def test_a_loss_in_a_module_that_the_forward_makes_has_gradients_at_once(num_tow
             net.zero_grad()
             (net(batch(8, seed=step)).square().sum() + inner.gate[0].aux).backward()
         assert_same_gradients(wrapped, plain)
+
+
+def test_an_auxiliary_loss_trains_where_the_output_holds_no_tensor() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> str:
+            self.auxiliary = self.fc(x).square().mean()
+            return "done"
+
+    plain, wrapped = twins(Net(), 2)
+    x = batch(6)
+    assert wrapped(x) == "done"
+    wrapped.module.auxiliary.backward()
+    plain(x[:3])
+    plain.auxiliary.backward()
+    assert_same_gradients(wrapped, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributions import Normal
 
 from tests.helpers import SEVERAL, assert_close, assert_same_gradients, batch, twins, wrap
 from tests.modules import OneLayer
+from torchtower import current_tower
 
 
 class Helper:
@@ -372,3 +374,74 @@ def test_a_gradient_to_what_was_replaced_is_an_error_where_it_would_be_lost(num_
     out = wrapped(batch(6, requires_grad=True))
     with pytest.raises(RuntimeError, match="expected what an attribute held, and the forward has replaced"):
         out.sum().backward()
+
+
+class Unreferred:
+    """No weak reference can be made to it."""
+
+    __slots__ = "net"  # one, by a string alone
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+
+class Unfilled(Slotted):
+    __slots__ = ("never_set",)
+
+
+class Layers(deque[Any]):
+    """A deque of a class of its own."""
+
+
+@pytest.mark.parametrize(
+    ("make", "get"),
+    [
+        (Unreferred, lambda kept: kept.net),
+        (Unfilled, lambda kept: kept.net),
+        (lambda layer: Layers([layer]), lambda kept: kept[0]),
+    ],
+    ids=["one slot, no weak references", "a slot without a value", "deque of its own"],
+)
+def test_an_object_that_a_forward_makes_leads_the_user_to_the_users_layer(
+    make: Callable[[Any], Any], get: Callable[[Any], Any]
+) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            self.kept = make(self.fc)
+            return get(self.kept)(x)
+
+    plain, wrapped = twins(Net(), 2)
+    for _ in range(2):
+        for net in (plain, wrapped):
+            net(batch(7)).square().sum().backward()
+        assert get(wrapped.module.kept) is wrapped.module.fc
+    assert_same_gradients(wrapped, plain)
+
+
+def test_an_object_that_a_forward_makes_and_gives_two_names_is_one() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            self.first = Slotted(self.fc)
+            self.second = self.first
+            return self.fc(x)
+
+    wrapped = wrap(Net().double(), 2)
+    wrapped(batch(4))
+    assert wrapped.module.first is wrapped.module.second and wrapped.module.first.net is wrapped.module.fc
+
+
+def test_an_object_that_leads_to_a_layer_and_will_not_be_copied_is_kept_as_it_is() -> None:
+    class Uncopied(Slotted):
+        def __copy__(self) -> Any:
+            raise TypeError("one of a kind")
+
+    made = {}
+
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Any:
+            self.kept = made[current_tower()] = Uncopied(self.fc)
+            return self.fc(x)
+
+    wrapped = wrap(Net().double(), 2)
+    wrapped(batch(4))
+    assert wrapped.module.kept is made[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -399,6 +400,48 @@ def test_a_parameter_subclass_stays_one_in_every_tower() -> None:
     wrapped(batch(4)).sum().backward()
     assert seen == [(Special, "kept")] * 2
     assert_close(wrapped.module.weight.grad, batch(4).sum(0))
+
+
+def test_a_module_that_is_a_dataclass_trains_in_a_list() -> None:
+    @dataclasses.dataclass(eq=False)
+    class Block(nn.Module):
+        outputs: int
+
+        def __post_init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, self.outputs, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [Block(2)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](x)
+
+    plain, wrapped = twins(Net(), 3)
+    for net in (plain, wrapped):
+        net(batch(7)).square().sum().backward()
+    assert_same_gradients(wrapped.module.blocks[0], plain.blocks[0])
+
+
+def test_a_frozen_parameter_in_a_list_stays_a_parameter_in_every_tower() -> None:
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = [nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((type(self.frozen[0]), self.frozen[0].requires_grad))
+            return x * self.frozen[0]
+
+    wrap(Net(), 2)(batch(4))
+    assert seen == [(nn.Parameter, False)] * 2
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

@@ -20,6 +20,7 @@ from tests.helpers import (
     wrap,
 )
 from tests.modules import OneLayer, WithOutput
+from torchtower import current_tower
 
 
 class Cache:
@@ -66,6 +67,24 @@ def test_objects_that_cannot_be_made_from_what_they_yield_are_refused(output: An
 def test_objects_that_yield_different_numbers_are_told_apart() -> None:
     net = WithOutput(lambda h: Cache([(h,)] * len(h)))
     with pytest.raises(ValueError, match=r"expected the output of every tower to be alike, list of .* tower 1's is"):
+        wrap(net.double(), 2)(batch(7))
+
+
+class OtherCache(Cache):
+    """Of another class than its like."""
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "words"),
+    [
+        (lambda h: Cache([(h,)]), lambda h: OtherCache([(h,)]), "a Cache as tower 0's, but tower 1's is a OtherCache"),
+        (lambda h: [h, h], lambda h: h, "list of length 2 as tower 0's, but tower 1's is Tensor"),
+    ],
+    ids=["iterables", "list and tensor"],
+)
+def test_outputs_of_two_classes_are_told_apart(first: Any, other: Any, words: str) -> None:
+    net = WithOutput(lambda h: other(h) if current_tower() else first(h))
+    with pytest.raises(ValueError, match=f"expected the output of every tower to be alike, {words}"):
         wrap(net.double(), 2)(batch(7))
 
 

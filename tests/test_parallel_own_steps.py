@@ -18,8 +18,6 @@ from tests.helpers import (
     assert_go_backward_alike,
     assert_same_gradients,
     batch,
-    loss_in,
-    mean_of_squares_by,
     mlp,
 )
 from tests.modules import OneLayer
@@ -118,30 +116,45 @@ def test_a_tower_loss_over_an_own_scatter_weighs_by_the_rows_of_each_shard() -> 
     assert len(wrapped.tower_losses) == 3
 
 
-@pytest.mark.parametrize("num_towers", SEVERAL)
-def test_a_tower_loss_over_an_own_scatter_weighs_by_the_columns_where_these_are_split(num_towers: int) -> None:
-    class ByColumns(TowerParallel):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "dim", "expected"),
+    [
+        (lambda: [torch.ones(2, 5), torch.full((2, 3), 9.0)], 1, 4.0),
+        (lambda: [torch.tensor(1.0), torch.tensor(2.0)], 0, 1.5),
+        (lambda: [torch.nested.nested_tensor([torch.full((2,), float(i))] * i) for i in (1, 4)], 0, 3.4),
+    ],
+    ids=["rows along another dimension", "no rows", "nested tensors"],
+)
+def test_a_tower_loss_weighs_shards_of_every_kind_of_tensor(
+    make: Callable[[], list[Tensor]], dim: int, expected: float
+) -> None:
+    class Own(TowerParallel):
         def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
-            (x,) = inputs
-            shards = [x[:, :1], *x[:, 1:].chunk(len(device_ids) - 1, dim=1)]
-            return [(shard,) for shard in shards], [kwargs] * len(shards)
+            return [(shard,) for shard in inputs[0]], None
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 1))
+            self.weight = nn.Parameter(torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (self.weight * x).tanh()
+            return self.weight * (torch.stack(x.unbind()) if x.is_nested else x).mean()
 
-    plain = Net().double()
-    wrapped = ByColumns(copy.deepcopy(plain), device_ids=["cpu"] * num_towers, dim=1)
-    x = batch(3, 8)
-    loss, expected = (loss_in("tower loss", net, mean_of_squares_by, x) for net in (wrapped, plain))
+    wrapped = Own(Net(), device_ids=["cpu", "cpu"], dim=dim)
+    loss = wrapped.tower_loss(lambda replica, x: replica(x), make())
     loss.backward()
-    expected.backward()
-    assert_close(loss, expected)
-    assert_same_gradients(wrapped, plain)
+    for value in (loss, wrapped.module.weight.grad):
+        assert_close(value, torch.tensor(expected), rtol=1e-6)
+
+
+def test_an_error_over_an_own_scatter_is_the_modules_own() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        LessForTheMain(Net(), device_ids=["cpu", "cpu"])(batch(4))
 
 
 def test_a_gradient_penalty_goes_through_an_own_scatter() -> None:

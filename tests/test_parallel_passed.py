@@ -169,3 +169,26 @@ def test_what_a_callback_writes_is_the_users(num_towers: int) -> None:
     del data
     gc.collect()
     assert alive() is None
+
+
+def test_a_function_beside_a_part_of_the_module_counts_in_the_users_list_however_deep() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+            return call(x)
+
+    plain, wrapped = twins(Net(), 2, max_concurrency=1)
+    fc, counted = wrapped.module.fc, [[wrapped.module.fc, 0]]
+
+    def call(x: Tensor) -> Tensor:
+        counted[0][1] += len(x)
+        y: Tensor = fc(x)
+        return y
+
+    for out in (wrapped(batch(9), call), plain(batch(9), plain.fc)):
+        out.square().sum().backward()
+    assert counted[0][0] is fc and counted[0][1] == 9
+    assert_same_gradients(wrapped, plain)

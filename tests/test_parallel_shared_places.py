@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.containers import Box
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
 from tests.modules import OneLayer
+from torchtower import current_tower
 
 
 def test_hooks_may_share_a_place_and_its_name_may_come_and_go() -> None:
@@ -109,6 +110,41 @@ def test_objects_of_a_kind_of_their_own_are_shared_and_never_written_to() -> Non
     held = list(net.held)
     wrap(net, 2)(torch.ones(4, 3)).sum().backward()
     assert all(old is new and new.net is net.fc for old, new in zip(held, net.held, strict=True))
+
+
+def test_a_large_list_is_one_for_all_towers() -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = [0] * 2000
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.table[current_tower()] += len(x)
+            return self.fc(x)
+
+    net = Net().double()
+    wrap(net, 2)(batch(7))
+    assert net.table[:3] == [4, 3, 0]
+
+
+def test_a_dataclass_that_can_hold_nothing_is_shared() -> None:
+    @dataclasses.dataclass(slots=True)
+    class Marker:
+        pass
+
+    seen, marker = [], Marker()
+
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.marker = marker
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.marker)
+            return self.fc(x)
+
+    wrap(Net().double(), 2)(batch(4))
+    assert len(seen) == 2 and all(each is marker for each in seen)
 
 
 @pytest.mark.parametrize(
