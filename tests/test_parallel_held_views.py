@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_parameters, batch, twins
+from tests.helpers import EVERY_COUNT, assert_close, assert_same_parameters, batch, twins, wrap
 from tests.modules import OneLayer
 
 
@@ -89,9 +89,55 @@ def test_a_view_of_a_weight_made_without_a_graph_is_a_constant(num_towers: int) 
     assert_close(wrapped.module.fc.weight.grad, plain.fc.weight.grad)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_view_that_is_trained_by_itself_is_though_what_it_is_a_view_of_is_trained_too(num_towers: int) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = batch(1, 5)
+            self.part = whole[0, :3].requires_grad_()
+            whole.requires_grad_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x * self.part)
+
+    torch.manual_seed(0)
+    plain = Net().double()
+    torch.manual_seed(0)
+    wrapped = wrap(Net().double(), num_towers)
+    for net in (plain, wrapped):
+        net(batch(7)).square().mean().backward()
+    assert_close(wrapped.module.part.grad, plain.part.grad)
+
+
+@pytest.mark.parametrize("is_freed_again", [False, True])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_memory_that_a_forward_gives_a_freed_tensor_is_every_towers(num_towers: int, is_freed_again: bool) -> None:
+    class Net(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = self.scale.untyped_storage()
+            if not memory.nbytes():
+                memory.resize_(16)
+                self.scale.data.fill_(2.0)
+            return self.fc(x) * self.scale.clone()
+
+    plain, wrapped = twins(Net(), num_towers)
+    for _ in range(3):
+        for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+            if is_freed_again:
+                inner.scale.untyped_storage().resize_(0)
+            net(batch(7)).square().mean().backward()
+        assert_close(wrapped.module.fc.weight.grad, plain.fc.weight.grad)
+
+
+@pytest.mark.parametrize("buffers", ["main", "mean"])
 @pytest.mark.parametrize("is_registered", [True, False])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_a_tensor_whose_memory_is_freed_is_not_read(num_towers: int, is_registered: bool) -> None:
+def test_a_tensor_whose_memory_is_freed_is_not_read(num_towers: int, is_registered: bool, buffers: str) -> None:
     class Net(OneLayer):
         def __init__(self) -> None:
             super().__init__()
@@ -101,7 +147,7 @@ def test_a_tensor_whose_memory_is_freed_is_not_read(num_towers: int, is_register
             else:
                 self.cache = cache
 
-    plain, wrapped = twins(Net(), num_towers)
+    plain, wrapped = twins(Net(), num_towers, buffers=buffers)
     for bytes_ in (0, 5000 * 8, 0):
         wrapped.module.cache.untyped_storage().resize_(bytes_)
         for net in (plain, wrapped):

@@ -121,6 +121,25 @@ def test_what_a_hook_keeps_of_a_parameter_beside_the_module_leads_to_it(num_towe
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_a_module_beside_makes_of_activations_leads_to_both(num_towers: int) -> None:
+    found = []
+    for net in twins(mlp(), num_towers):
+        torch.manual_seed(0)
+        probe, probed = nn.Linear(5, 2).double(), []
+
+        def keep(layer: nn.Module, args: Any, out: Tensor, probe: Any = probe, probed: Any = probed) -> None:
+            probed.append(probe(out))
+
+        getattr(net, "module", net)[0].register_forward_hook(keep)
+        out = net(batch(8))
+        (out.sum() + sum(part.square().sum() for part in probed)).backward()
+        found.append((net, probe))
+    (plain, expected), (wrapped, got) = found
+    assert_same_gradients(wrapped, plain)
+    assert_same_gradients(got, expected)
+
+
 def _append(kept: list[Tensor], output: Tensor) -> None:
     kept.append(output)
 

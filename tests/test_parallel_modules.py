@@ -362,7 +362,11 @@ def test_a_tensor_in_a_plain_attribute_trains_as_in_the_plain_module() -> None:
     assert_close(wrapped.module.extra[0].grad, plain.extra[0].grad)
 
 
-@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.requires_grad_, Tensor.detach])
+def two_tensor(tensor: Tensor) -> Tensor:
+    return TwoTensor(tensor, tensor.clone()).requires_grad_()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.requires_grad_, Tensor.detach, two_tensor])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_tensors_in_attributes_have_their_own_attributes_in_every_tower(num_towers: int, kind: Any) -> None:
     class Net(nn.Module):
@@ -372,7 +376,8 @@ def test_tensors_in_attributes_have_their_own_attributes_in_every_tower(num_towe
             self.extra.scale = 3.0
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x) * self.extra.scale
+            assert isinstance(self.extra, nn.Parameter) is (kind is nn.Parameter)
+            return self.fc(x) * getattr(self.extra, "scale", 2.0)  # a tensor that is made of others has none in towers
 
     plain = Net().double()
     wrapped = wrap(copy.deepcopy(plain), num_towers)

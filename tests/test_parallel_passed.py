@@ -120,17 +120,6 @@ def test_a_part_of_the_module_that_it_returns_is_the_users(num_towers: int, way:
     assert_same_gradients(wrapped, plain)
 
 
-class Result:
-    def __init__(self, net: Any) -> None:
-        self.net = net
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_an_object_that_is_returned_leads_to_the_users_module(num_towers: int) -> None:
-    _, wrapped = twins(Returning(Result), num_towers)
-    assert wrapped(batch(9))[1].net is wrapped.module
-
-
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_module_returns_itself(num_towers: int) -> None:
     _, wrapped = twins(Returning(lambda net: {"self": net}), num_towers)

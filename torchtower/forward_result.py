@@ -19,7 +19,7 @@ from torchtower.graphs import held_as_is, is_untouched, writable
 from torchtower.left_behind import LeftBehind
 from torchtower.local_backward import requires_grad
 from torchtower.original import Original
-from torchtower.parts import ATOMS, tensors_within
+from torchtower.parts import LEADING, tensors_within
 from torchtower.ports import Port, Ports
 from torchtower.reduction import Grad
 from torchtower.replicate import Replica
@@ -96,8 +96,8 @@ class ForwardResult:
         return values[:begin]
 
     def to_user(self, value: Any) -> Any:
-        """What the main tower has returned that leads to a module of its own, leading to the user's."""
-        return value if type(value) in ATOMS else self._replicas[0].to_original()(value)
+        """A module that the main tower has returned, or a function that leads to one, as the user knows it."""
+        return self._replicas[0].to_original()(value) if isinstance(value, LEADING) else value
 
     def connect_each(self) -> list[Any]:
         """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""

@@ -33,8 +33,15 @@ def graph_of(tensor: Tensor) -> Any:
 
 
 def is_cut_off(tensor: Tensor) -> bool:
-    """Whether a tensor without a graph is a view of what needs gradients, whose flag it has: made under ``no_grad``."""
-    return tensor._is_view() and tensor._base.requires_grad  # type: ignore[union-attr]
+    """Whether a tensor without a graph requires grad as a view of what does (made under ``no_grad``), not by itself."""
+    if not (tensor._is_view() and tensor._base.requires_grad):  # type: ignore[union-attr]
+        return False
+    try:
+        with torch.enable_grad():
+            node: Any = tensor.view_as(tensor).grad_fn
+    except RuntimeError:  # see `graph_of`
+        return True
+    return node.next_functions[0][0] is None
 
 
 def held_as_is(tensor: Tensor) -> Tensor:
@@ -85,9 +92,11 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
         if node in known:
             towers |= known[node]
             continue
-        new.append(node)
-        if _is_leaf(node) and id(node.variable) in tower_of:
+        if _is_leaf(node):
+            if id(node.variable) not in tower_of:  # trained outside of the module, by every tower
+                continue
             towers.add(tower_of[id(node.variable)])
+        new.append(node)
     if len(towers) < 2:  # else one node's are not another's
         known.update((node, towers) for node in new)
     return towers

@@ -93,9 +93,13 @@ def _take_over_hooks(before: Any, leaf: Any) -> None:
 def _leaf_like(parameter: Tensor, storage: Tensor) -> Tensor:
     data = storage.detach()
     # An inference tensor that requires grad gets none all the same.
-    leaf: Tensor = nn.Parameter(data, requires_grad=parameter.requires_grad and not data.is_inference())
-    if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
-        leaf = torch.Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    requires_grad = parameter.requires_grad and not data.is_inference()
+    if not isinstance(parameter, nn.Parameter):
+        leaf = data.requires_grad_(requires_grad)
+    else:
+        leaf = nn.Parameter(data, requires_grad=requires_grad)
+        if type(parameter) is not nn.Parameter and type(leaf) is nn.Parameter:
+            leaf = torch.Tensor._make_subclass(type(parameter), data, requires_grad)
     share_attributes(leaf, parameter)
     return leaf
 

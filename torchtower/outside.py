@@ -54,6 +54,7 @@ class Outside:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._roots: list[Any] = []  # containers and cells
+        self._apart: list[dict[str, Any]] = []  # attributes of modules apart from the tree
         self._globals: list[Slot] = []
         hooks = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
         self._find(hooks, {id(module) for module in modules})
@@ -80,14 +81,16 @@ class Outside:
                 pending.extend((value.func, *value.args, *value.keywords.values()))
             elif isinstance(value, BOUND):
                 pending.append(value.__self__)
-            elif isinstance(value, nn.Module):  # apart from the tree
-                self._roots.append(vars(value))
+            elif isinstance(value, nn.Module):
+                self._apart.append(vars(value))
             elif (holder := _holder_in(value)) is not None:
                 self._roots.append(holder)
 
     def _kept(self) -> Iterator[tuple[Slot, list[Tensor]]]:
         slots = [slot for root in self._roots for slot in _slots(root)]
         seen = set(map(id, self._roots))
+        for attributes in self._apart:  # which may hold anything
+            yield from _kept_in(_slots(attributes), seen, _FEW)
         for slot in self._globals:
             value = slot.container.get(slot.key)
             if container_of(value) is None and (holder := _holder_in(value)) is not None:

@@ -9,6 +9,7 @@ import torch
 from torchtower._composed import TAKEN, is_expanded
 from torchtower.graphs import graph_of
 from torchtower.reduction import Grad, weighted_sum
+from torchtower.remote import is_freed
 from torchtower.replicate import Replica
 
 
@@ -45,6 +46,7 @@ def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
             or part is None
             or part.layout is not torch.strided
             or part.is_nested
+            or is_freed(part)
             or part.dtype not in TAKEN
             or graph_of(part) is not None
             or (part.shape, part.dtype) != (main.shape, main.dtype)

@@ -161,8 +161,7 @@ class Replica:
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         elsewhere = buffer.device != self._original.device
-        device = buffer.device if elsewhere else self.device
-        return torch.empty_like(buffer, device=device) if is_freed(buffer) else buffer.detach().to(device, copy=True)
+        return buffer.detach().to(buffer.device if elsewhere else self.device, copy=True)
 
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
@@ -263,10 +262,12 @@ class Replica:
             with torch.no_grad():
                 for buffer, twin in zip(self._original.buffers, self.buffers, strict=True):
                     if is_freed(buffer):
+                        twin.untyped_storage().resize_(0)
                         continue
                     if twin.requires_grad:  # an earlier forward has written into it with autograd on
                         twin.detach_()
-                    if buffer.shape != twin.shape or buffer.dtype != twin.dtype:  # observers resize theirs
+                    # Observers resize theirs; one that was freed may have memory again.
+                    if buffer.shape != twin.shape or buffer.dtype != twin.dtype or is_freed(twin):
                         twin.data = torch.empty_like(buffer, device=twin.device)
                     version = self._buffer_versions[id(buffer)] = version_of(buffer)
                     sources.append(buffer)
