@@ -19,7 +19,7 @@ from torchtower._extension import same_contents
 from torchtower.graphs import graph_of, is_cut_off
 from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of, leads_nowhere
-from torchtower.remote import is_freed, memory_of
+from torchtower.remote import memory_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
@@ -298,7 +298,7 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
 
 def _is_copied(tensor: Tensor) -> bool:
     # Nothing can be copied into one of these, which hence stays as it is: one for all towers.
-    return not (is_lazy(tensor) or tensor.is_nested or tensor.is_mkldnn or is_freed(tensor))
+    return not (tensor.is_nested or tensor.is_mkldnn)
 
 
 def _is_small(tensor: Tensor) -> bool:

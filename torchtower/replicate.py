@@ -161,7 +161,12 @@ class Replica:
 
     def _copy_of(self, buffer: Tensor) -> Tensor:
         elsewhere = buffer.device != self._original.device
-        return buffer.detach().to(buffer.device if elsewhere else self.device, copy=True)
+        device = buffer.device if elsewhere else self.device
+        if not is_freed(buffer):
+            return buffer.detach().to(device, copy=True)
+        twin = torch.empty_like(buffer, device=device, requires_grad=False)
+        twin.untyped_storage().resize_(0)  # a forward may give it memory
+        return twin
 
     def _install(self, module: nn.Module) -> None:
         """Give the replica of ``module`` its attributes and hooks, translated."""
