@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -215,6 +215,29 @@ def test_the_state_of_an_earlier_forward_leads_to_it_as_in_the_plain_module() ->
         net(x), net(x), net(x)
         inner.total.backward()
     assert_same_gradients(wrapped, plain)
+
+
+def test_a_gradient_that_cannot_be_given_to_the_parameters_is_an_error_at_the_next_call() -> None:
+    class Net(nn.Module):
+        kept: ClassVar[list[Tensor]] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.fc(x)
+            Net.kept.append(out)
+            return out
+
+    wrapped = wrap(Net(), 2)
+    wrapped(torch.ones(4, 3))
+    Net.kept[0].sum().backward()
+    with pytest.raises(RuntimeError, match="expected gradients to reach the parameters through outputs, attributes or"):
+        wrapped(torch.ones(4, 3))
+    assert wrapped.module.fc.weight.grad is None
+    wrapped(torch.ones(4, 3)).sum().backward()
+    assert_close(wrapped.module.fc.weight.grad, torch.full((2, 3), 4.0))
 
 
 @pytest.mark.parametrize("flag", [True, False])
