@@ -366,7 +366,12 @@ def two_tensor(tensor: Tensor) -> Tensor:
     return TwoTensor(tensor, tensor.clone()).requires_grad_()
 
 
-@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.requires_grad_, Tensor.detach, two_tensor])
+def of_inference_mode(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, Tensor.requires_grad_, Tensor.detach, two_tensor, of_inference_mode])
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_tensors_in_attributes_have_their_own_attributes_in_every_tower(num_towers: int, kind: Any) -> None:
     class Net(nn.Module):
@@ -379,8 +384,9 @@ def test_tensors_in_attributes_have_their_own_attributes_in_every_tower(num_towe
             assert isinstance(self.extra, nn.Parameter) is (kind is nn.Parameter)
             return self.fc(x) * getattr(self.extra, "scale", 2.0)  # a tensor that is made of others has none in towers
 
-    plain = Net().double()
-    wrapped = wrap(copy.deepcopy(plain), num_towers)
+    plain, inner = Net().double(), Net().double()  # copy.deepcopy makes another kind of an inference tensor
+    inner.fc.load_state_dict(plain.fc.state_dict())
+    wrapped = wrap(inner, num_towers)
     plain.extra.scale = wrapped.module.extra.scale = 2.0
     assert_go_backward_alike(plain, wrapped, batch(7))
 
