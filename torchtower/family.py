@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchtower.aliases import Aliases
 from torchtower.collect import Collection
 from torchtower.held import HeldGradients
 from torchtower.node import if_needed
 from torchtower.ports import Ports
-from torchtower.shards import Aliases
 from torchtower.streams import Streams
 from torchtower.workers import TowerPool
 

@@ -6,15 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # What travels in one copy where there is more: as large as pays, small enough to overlap with work and to bound memory.
 BUCKET_BYTES = 25 * 2**20
-
-
-def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor is made of others and has no memory of its own (a quantised weight): it travels by itself."""
-    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.remote import version_of
+from torchtower.memory import version_of
 
 
 class _Guard:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.flat import is_wrapper
+from torchtower.memory import addresses_of, is_wrapper, memory_of
 from torchtower.original import Original
-from torchtower.remote import RemoteStorage, addresses_of, memory_of
+from torchtower.remote import RemoteStorage
 
 
 class Leaves:

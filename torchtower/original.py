@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.graphs import graph_of, is_cut_off
+from torchtower.memory import memory_of
 from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of, leads_nowhere
-from torchtower.remote import memory_of
 from torchtower.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.

@@ -8,8 +8,8 @@ import torch
 
 from torchtower._composed import TAKEN, is_expanded
 from torchtower.graphs import graph_of
+from torchtower.memory import is_freed
 from torchtower.reduction import Grad, weighted_sum
-from torchtower.remote import is_freed
 from torchtower.replicate import Replica
 
 

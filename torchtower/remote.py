@@ -6,40 +6,17 @@ Laid out in flat buckets of one dtype, so that bringing a replica up to date tak
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchtower.devices import move
-from torchtower.flat import BUCKET_BYTES, flatten, is_wrapper, num_bytes, unflatten
+from torchtower.flat import BUCKET_BYTES, flatten, num_bytes, unflatten
+from torchtower.memory import is_wrapper, memory_of, version_of
 
 # What is larger is worth a copy of its own, and not worth a second copy on either side.
 _SMALL_BYTES = 2**20
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """What moves when a tensor is written to; None of an inference tensor, which has no counter."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def is_freed(tensor: Tensor) -> bool:
-    """Whether a tensor's memory has been given back, by ``untyped_storage().resize_(0)``: it must not be read."""
-    if tensor.layout is not torch.strided or not tensor.numel() or tensor.untyped_storage().nbytes():
-        return False
-    return not is_wrapper(tensor)
-
-
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each tensor where it lies."""
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def memory_of(tensors: Sequence[Tensor]) -> list[Any]:
-    """Of each tensor where it lies and how: ``.to()`` and ``p.data = ...`` move what it holds and keep the object."""
-    kinds = map(attrgetter("shape", "dtype"), tensors)
-    return list(zip(addresses_of(tensors), map(Tensor.stride, tensors), kinds, strict=True))
 
 
 class RemoteStorage:

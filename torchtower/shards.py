@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtower.aliases import Aliases
 from torchtower.devices import move
 from torchtower.graphs import is_untouched, writable
 from torchtower.local_backward import NO_LEAF
@@ -198,24 +199,3 @@ class Shards:
         """What the towers' graphs may have saved of the batch itself, as it is now."""
         split = [tensor for tensor in self.tensors if id(tensor) in self._aliased and not tensor.is_inference()]
         return Aliases([(tensor.detach(), parts) for tensor in split if (parts := self._parts[id(tensor)]) is not None])
-
-
-class Aliases:
-    """Parts of tensors that have version counters of their own, and how to tell them of writes to the tensors.
-
-    Args:
-        parts_of: tensors and the parts of each.
-    """
-
-    def __init__(self, parts_of: list[tuple[Tensor, list[Tensor]]]) -> None:
-        self._parts_of = [(tensor, tensor._version, parts) for tensor, parts in parts_of]
-
-    def pass_on_writes(self) -> None:
-        """Let autograd refuse a backward that needs what has been written over, as in the plain module."""
-        for tensor, version, parts in self._parts_of:
-            if tensor._version != version:
-                torch.autograd.graph.increment_version(parts)
-
-    def forget(self) -> None:
-        """Let go of the batch: nothing saved of it is left."""
-        self._parts_of.clear()
