@@ -29,7 +29,7 @@ from tests.helpers import (
 )
 from tests.modules import Scaled, Switching, TwoHeads
 from torchtower import TowerParallel
-from torchtower.held import HeldGradients
+from torchtower.bridge.held import HeldGradients
 
 Net = nn.Module
 

@@ -295,11 +295,13 @@ assert sum(len(batch) for batch in loader) == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("held", ["torchtower.tower_random._install_lock", "torchtower.forward_mode._turn"])
+@pytest.mark.parametrize(
+    "held", ["torchtower.threads.tower_random._install_lock", "torchtower.threads.forward_mode._turn"]
+)
 def test_a_child_forked_while_another_thread_holds_a_lock_of_the_towers_has_it_free(held: str) -> None:
     passes(f"""
 import os
-import torchtower.tower_random, torchtower.forward_mode
+import torchtower.threads.tower_random, torchtower.threads.forward_mode
 
 holds, may_go = threading.Event(), threading.Event()
 def hold():

@@ -30,8 +30,8 @@ from tests.helpers import (
 )
 from tests.modules import calling
 from torchtower import current_tower
-from torchtower.replicate import Replica
-from torchtower.workers import TowerPool
+from torchtower.replicas.replicate import Replica
+from torchtower.threads.workers import TowerPool
 
 _PATIENCE_S = 20
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchtower.gather import gather_structure
-from torchtower.nested import map_tensors, tensors_in
-from torchtower.scatter import even_sizes, plan_splits
+from torchtower.batches.gather import gather_structure
+from torchtower.batches.nested import map_tensors, tensors_in
+from torchtower.batches.scatter import even_sizes, plan_splits
 
 
 def cut(batch: Any, num_towers: int, dim: int = 0) -> list[Any]:

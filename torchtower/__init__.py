@@ -4,7 +4,7 @@ from torchtower._extension import build_info
 from torchtower.averaging import average_gradients, stack_gradients
 from torchtower.batch_norm import convert_sync_batchnorm, tower_sum
 from torchtower.parallel import TowerParallel
-from torchtower.rounds import current_tower
+from torchtower.threads.rounds import current_tower
 
 __version__ = str(build_info()["version"])
 __all__ = [

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from torchtower.forward_mode import has_turn
-from torchtower.original import is_lazy_module
-from torchtower.rounds import current_tower, exchange, weight_of_tower
+from torchtower.replicas.original import is_lazy_module
+from torchtower.threads.forward_mode import has_turn
+from torchtower.threads.rounds import current_tower, exchange, weight_of_tower
 
 
 def tower_sum(value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.scripted import is_optimized, is_training
+from torchtower.replicas.scripted import is_optimized, is_training
 
 Function = Callable[..., Any]
 

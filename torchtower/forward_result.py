@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.bridge import connect_outputs
-from torchtower.family import Family, Inputs, Plan
-from torchtower.graphs import held_as_is, is_untouched, writable
-from torchtower.left_behind import LeftBehind
-from torchtower.local_backward import requires_grad
-from torchtower.original import Original
+from torchtower.bridge.bridge import connect_outputs
+from torchtower.bridge.family import Family, Inputs, Plan
+from torchtower.bridge.graphs import held_as_is, is_untouched, writable
+from torchtower.bridge.local_backward import requires_grad
+from torchtower.bridge.ports import Port, Ports
 from torchtower.parts import LEADING, tensors_within
-from torchtower.ports import Port, Ports
 from torchtower.reduction import Grad
-from torchtower.replicate import Replica
-from torchtower.rewrite import Translation
+from torchtower.replicas.left_behind import LeftBehind
+from torchtower.replicas.original import Original
+from torchtower.replicas.replicate import Replica
+from torchtower.replicas.rewrite import Translation
 from torchtower.shards import Shards
-from torchtower.streams import Streams
+from torchtower.threads.streams import Streams
 
 
 class ForwardResult:

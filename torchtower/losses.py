@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import silenced
+from torchtower.bridge.graphs import leaves_of
+from torchtower.bridge.ports import Port
 from torchtower.forward_result import ForwardResult
-from torchtower.graphs import leaves_of
-from torchtower.ports import Port
 
 
 def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torchtower._extension import build_info
 from torchtower.averaging import normalized_weights
 from torchtower.batch_norm import warn_of_process_norms
+from torchtower.batches.gather import Column, check_rows_fit, gather_structure
+from torchtower.batches.nested import map_tensors
+from torchtower.batches.scatter import size_along
+from torchtower.bridge.held import HeldGradients
+from torchtower.bridge.ports import Port
 from torchtower.compiled import is_compiled_function
 from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_device
 from torchtower.forward_result import ForwardResult
-from torchtower.gather import Column, check_rows_fit, gather_structure
-from torchtower.held import HeldGradients
 from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight, mean_over_towers, warn_of_backward
-from torchtower.nested import map_tensors
-from torchtower.ports import Port
 from torchtower.reduction import Grad
-from torchtower.rounds import current_tower
-from torchtower.scatter import size_along
 from torchtower.shards import Shards, cut, given
 from torchtower.steps import Module, Steps
-from torchtower.thread_state import transforming, untraced
+from torchtower.threads.rounds import current_tower
+from torchtower.threads.thread_state import transforming, untraced
+from torchtower.threads.workers import is_held_here
 from torchtower.towers import Towers
-from torchtower.workers import is_held_here
 
 _BUFFER_POLICIES = ("main", "mean")
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.aliases import Aliases
+from torchtower.batches.nested import map_tensors, tensors_in
+from torchtower.batches.scatter import plan_splits, size_along
+from torchtower.bridge.aliases import Aliases
+from torchtower.bridge.graphs import is_untouched, writable
+from torchtower.bridge.local_backward import NO_LEAF
+from torchtower.bridge.ports import Port
 from torchtower.devices import move
-from torchtower.graphs import is_untouched, writable
-from torchtower.local_backward import NO_LEAF
-from torchtower.nested import map_tensors, tensors_in
 from torchtower.parts import LEADING
-from torchtower.ports import Port
-from torchtower.scatter import plan_splits, size_along
 
 _MOST_TOLD = 8  # tensors, in an error's note
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torchtower.batches.gather import Column, cat_rows, gather_structure
+from torchtower.batches.nested import map_tensors, tensors_in
+from torchtower.batches.scatter import Splits, plan_splits
 from torchtower.devices import move, parse_output_device
-from torchtower.gather import Column, cat_rows, gather_structure
-from torchtower.nested import map_tensors, tensors_in
-from torchtower.scatter import Splits, plan_splits
-from torchtower.scripted import is_optimized, is_scripted
+from torchtower.replicas.scripted import is_optimized, is_scripted
 
 Module = TypeVar("Module", bound=nn.Module)
 

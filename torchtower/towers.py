@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.collect import cut_buckets
+from torchtower.bridge.collect import cut_buckets
+from torchtower.bridge.family import Plan
+from torchtower.bridge.held import HeldGradients
+from torchtower.bridge.ports import Port, Ports
 from torchtower.compiled import Compilation
-from torchtower.family import Plan
 from torchtower.forward_result import ForwardResult
-from torchtower.freshness import Freshness
-from torchtower.held import HeldGradients
-from torchtower.leaf_changes import accumulate, take_gradients, take_over_data, take_over_flags
-from torchtower.left_behind import drop_new_graphs, keep_what_was_assigned
-from torchtower.original import Original
-from torchtower.pooling import pool_buffers
-from torchtower.ports import Port, Ports
-from torchtower.replicate import Replica
-from torchtower.rounds import add_note
-from torchtower.scripted import is_training
+from torchtower.replicas.freshness import Freshness
+from torchtower.replicas.leaf_changes import accumulate, take_gradients, take_over_data, take_over_flags
+from torchtower.replicas.left_behind import drop_new_graphs, keep_what_was_assigned
+from torchtower.replicas.original import Original
+from torchtower.replicas.pooling import pool_buffers
+from torchtower.replicas.replicate import Replica
+from torchtower.replicas.scripted import is_training
 from torchtower.shards import Shards
-from torchtower.workers import TowerPool
+from torchtower.threads.rounds import add_note
+from torchtower.threads.workers import TowerPool
 
 Call = Callable[[Any, Any], Any]  # (replica's module, shard) -> output
 

@@ -38,17 +38,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.collect import Sender
+from torchtower.bridge.collect import Sender
+from torchtower.bridge.family import Family, Inputs
+from torchtower.bridge.graphs import branches, leads_to, leaves_of
+from torchtower.bridge.hooks import spare_hooks
+from torchtower.bridge.local_backward import NO_LEAF, Root, local_backward, local_grad, requires_grad, root_of
+from torchtower.bridge.node import Asked, connect
+from torchtower.bridge.ports import Port, Ports, join, without_graph
 from torchtower.devices import move
-from torchtower.family import Family, Inputs
-from torchtower.graphs import branches, leads_to, leaves_of
-from torchtower.hooks import spare_hooks
-from torchtower.local_backward import NO_LEAF, Root, local_backward, local_grad, requires_grad, root_of
-from torchtower.node import Asked, connect
-from torchtower.ports import Port, Ports, join, without_graph
 from torchtower.reduction import Grad
-from torchtower.rounds import current_tower
-from torchtower.workers import is_held_here
+from torchtower.threads.rounds import current_tower
+from torchtower.threads.workers import is_held_here
 
 _autograd: Any = torch._C._autograd
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
-from torchtower.graphs import graph_of, is_cut_off
+from torchtower.bridge.graphs import graph_of, is_cut_off
 from torchtower.memory import memory_of
-from torchtower.outside import Outside
 from torchtower.parts import SMALL, container_of, leads_nowhere
-from torchtower.scripted import facts_of, is_scripted, tensors_of
+from torchtower.replicas.outside import Outside
+from torchtower.replicas.scripted import facts_of, is_scripted, tensors_of
 
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
 MODULE_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
@@ -80,7 +80,7 @@ class Original:
     plain attributes, lists and dicts count too, as the plain module would train them; other tensors there are buffers.
     Of those that lie elsewhere than on the main device only the small ones are (a counter on the CPU): a table is left
     alone. Tensors with a graph are no parameters: every replica has leaves of its own for them, see
-    `torchtower.replicate`.
+    `torchtower.replicas.replicate`.
 
     Args:
         module: the user's module.

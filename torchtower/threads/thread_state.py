@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-from torchtower.streams import Streams
+from torchtower.threads.streams import Streams
 
 Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., Any])

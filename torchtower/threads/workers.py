@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from torchtower.cores import available_cores, send_team_home
-from torchtower.engine import empty_queue, make_last_node, wait_for_engine
-from torchtower.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
-from torchtower.generators import Seeds, TowerGenerators
-from torchtower.heap import keep_freed_memory
-from torchtower.rounds import Round, become_tower
-from torchtower.thread_state import ThreadState, has_levels, without_parametrization_cache
-from torchtower.tower_random import draw_from, intercept_draws
+from torchtower.threads.cores import available_cores, send_team_home
+from torchtower.threads.engine import empty_queue, make_last_node, wait_for_engine
+from torchtower.threads.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
+from torchtower.threads.generators import Seeds, TowerGenerators
+from torchtower.threads.heap import keep_freed_memory
+from torchtower.threads.rounds import Round, become_tower
+from torchtower.threads.thread_state import ThreadState, has_levels, without_parametrization_cache
+from torchtower.threads.tower_random import draw_from, intercept_draws
 
 Job = Callable[[], Any]
 _STOP_TIMEOUT_S = 5.0

@@ -13,10 +13,10 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from torchtower.bridge.local_backward import requires_grad
 from torchtower.devices import move
-from torchtower.local_backward import requires_grad
 from torchtower.reduction import Grad, weighted_sum
-from torchtower.replicate import Replica
+from torchtower.replicas.replicate import Replica
 
 
 def take_over_flags(parameters: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

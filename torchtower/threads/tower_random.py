@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchtower.generators import Generator, TowerGenerators, default_generator, real_states
+from torchtower.threads.generators import Generator, TowerGenerators, default_generator, real_states
 
 Result = TypeVar("Result")
 _KEY_NAME = "TESTING_ONLY_GenericMode"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.nested import rebuild_tuple
+from torchtower.batches.nested import rebuild_tuple
 from torchtower.parts import (
     ATOMS,
     BOUND,

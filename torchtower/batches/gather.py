@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from torchtower.nested import children_of, names_of, rebuild
+from torchtower.batches.nested import children_of, names_of, rebuild
+from torchtower.batches.scatter import size_along
 from torchtower.parts import tensors_within
-from torchtower.scatter import size_along
 
 _VIEWS = (ItemsView, ValuesView)  # of a dict
 _MOST_SHOWN = 200  # characters of a value, in an error

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.graphs import graph_of, is_untouched, towers_behind
-from torchtower.original import Original
-from torchtower.outside import Slot, put_connected
+from torchtower.bridge.graphs import graph_of, is_untouched, towers_behind
+from torchtower.bridge.ports import Port
 from torchtower.parts import container_of, tensors_within
-from torchtower.places import Written
-from torchtower.ports import Port
 from torchtower.reduction import Grad
-from torchtower.replicate import Replica
+from torchtower.replicas.original import Original
+from torchtower.replicas.outside import Slot, put_connected
+from torchtower.replicas.places import Written
+from torchtower.replicas.replicate import Replica
 
 
 class LeftBehind:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torchtower.collect import Sender
-from torchtower.graphs import is_cut_off
+from torchtower.bridge.collect import Sender
+from torchtower.bridge.graphs import is_cut_off
 from torchtower.reduction import Grad
 
 _engine: Any = torch.autograd.Variable._execution_engine

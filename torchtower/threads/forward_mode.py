@@ -17,7 +17,7 @@ import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
-from torchtower.rounds import current_tower
+from torchtower.threads.rounds import current_tower
 
 _turn = threading.RLock()
 _local = threading.local()

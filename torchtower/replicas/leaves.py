@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from torchtower.memory import addresses_of, is_wrapper, memory_of
-from torchtower.original import Original
-from torchtower.remote import RemoteStorage
+from torchtower.replicas.original import Original
+from torchtower.replicas.remote import RemoteStorage
 
 
 class Leaves:
-    """One replica's leaves; see Note [What a replica shares] in `torchtower.replicate`.
+    """One replica's leaves; see Note [What a replica shares] in `torchtower.replicas.replicate`.
 
     Args:
         original: whose parameters they stand for.
@@ -73,7 +73,7 @@ class Leaves:
         self._addresses = addresses_of(self.all)
 
     def refresh(self, stale: bool) -> None:
-        """Bring storage of this replica's own up to date; see `torchtower.remote.RemoteStorage.refresh`."""
+        """Bring storage of this replica's own up to date; see `torchtower.replicas.remote.RemoteStorage.refresh`."""
         if self._remote is not None:
             self._remote.refresh(stale)
 

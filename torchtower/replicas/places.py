@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
 from torchtower.parts import CALLABLES, container_of, leads_nowhere, parts_of
-from torchtower.rewrite import Translation
-from torchtower.scripted import is_scripted
+from torchtower.replicas.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
+from torchtower.replicas.rewrite import Translation
+from torchtower.replicas.scripted import is_scripted
 
 # Where a forward may put something new, beside attributes and the containers that they hold.
 _WRITTEN_DICTS = ("_parameters", "_buffers", "_modules")

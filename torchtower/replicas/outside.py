@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torchtower.graphs import graph_of
+from torchtower.bridge.graphs import graph_of
 from torchtower.parts import BOUND, cell_content, container_of
 
 _LAST = 1024

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtower.aliases import Aliases
-from torchtower.collect import Collection
-from torchtower.held import HeldGradients
-from torchtower.node import if_needed
-from torchtower.ports import Ports
-from torchtower.streams import Streams
-from torchtower.workers import TowerPool
+from torchtower.bridge.aliases import Aliases
+from torchtower.bridge.collect import Collection
+from torchtower.bridge.held import HeldGradients
+from torchtower.bridge.node import if_needed
+from torchtower.bridge.ports import Ports
+from torchtower.threads.streams import Streams
+from torchtower.threads.workers import TowerPool
 
 
 class Plan(NamedTuple):
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     Args:
         pool: the towers' threads.
         ports: of the user's parameters, the first inputs of every bridge.
-        buckets: how the parameters' gradients travel, see `torchtower.collect`; none where they need not.
+        buckets: how the parameters' gradients travel, see `torchtower.bridge.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
         before_backward: called before every backward with the number of its forward; does not keep the towers alive.
         on_backward: called after every backward, even a failed one; likewise.

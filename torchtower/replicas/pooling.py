@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from torchtower._composed import TAKEN, is_expanded
-from torchtower.graphs import graph_of
+from torchtower.bridge.graphs import graph_of
 from torchtower.memory import is_freed
 from torchtower.reduction import Grad, weighted_sum
-from torchtower.replicate import Replica
+from torchtower.replicas.replicate import Replica
 
 
 def pool_buffers(replicas: Sequence[Replica], rows: list[int]) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchtower.batches.gather import cat_rows
 from torchtower.devices import move
-from torchtower.gather import cat_rows
 from torchtower.reduction import Grad, own, weighted_sum
 
 

@@ -1,6 +1,6 @@
 """Whose random numbers a tower draws: the default generator's for the main tower, for each other one its own.
 
-See Note [Random numbers of towers] in `torchtower.tower_random`, which sees to it that they are drawn from there.
+See Note [Random numbers of towers] in `torchtower.threads.tower_random`, which has them drawn from there.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torchtower.hooks import spare_hooks_of_outputs
+from torchtower.bridge.hooks import spare_hooks_of_outputs
 from torchtower.reduction import Grad
 
 _autograd: Any = torch._C._autograd

@@ -32,16 +32,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchtower.bridge.graphs import writable
+from torchtower.bridge.node import is_connected
 from torchtower.devices import move
-from torchtower.graphs import writable
-from torchtower.leaves import Leaves, share_attributes
 from torchtower.memory import is_freed, version_of
-from torchtower.node import is_connected
-from torchtower.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of
-from torchtower.places import Place, Written, places_of, write_back
-from torchtower.remote import copy_together
-from torchtower.rewrite import Translation
-from torchtower.scripted import install, is_scripted, twin_of
+from torchtower.replicas.leaves import Leaves, share_attributes
+from torchtower.replicas.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of
+from torchtower.replicas.places import Place, Written, places_of, write_back
+from torchtower.replicas.remote import copy_together
+from torchtower.replicas.rewrite import Translation
+from torchtower.replicas.scripted import install, is_scripted, twin_of
 
 
 class Link(NamedTuple):
