@@ -200,7 +200,8 @@ _NOTING = """
 import sys, threading, time, torch
 from tests.accelerator import load
 load()
-from torchtower import TowerParallel, workers
+from torchtower import TowerParallel
+from torchtower.threads import workers
 wait = workers.wait_for_engine
 def note(device):
     wait(device)
@@ -238,8 +239,9 @@ class Net(torch.nn.Linear):
 model = TowerParallel(Net(3, 2).to("simulated:0"))
 threading.Thread(target=lambda: model(torch.ones(8, 3)).sum().backward(), daemon=True).start()
 stuck.wait()
+print("stuck", flush=True)
 """
-    assert run_python(_NOTING + program).stdout == ""  # whatever becomes of the daemon
+    assert run_python(_NOTING + program).stdout == "stuck\n"  # whatever becomes of the daemon
 
 
 def test_as_many_devices_as_a_machine_has_work() -> None:
