@@ -11,7 +11,7 @@ from torchtower.training.cifar10 import RECORD_BYTES
 from torchtower.training.metrics import read_metrics
 from torchtower.training.trainer import Trainer
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar-10-batches-bin"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar-10-batches-bin"
 
 # Three steps an epoch, so that a short run has several epochs and ends in the middle of one.
 SHORT = {"dataset": "digits", "devices": ("cpu",), "batch_size": 400, "steps": 8, "lr": 0.2}

@@ -10,7 +10,7 @@ from torchtower.training.data import RECIPES
 from torchtower.training.errors import BadInput
 from torchtower.training.unpickle import load_plain
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar-10-batches-bin"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar-10-batches-bin"
 
 
 def _records(rows, seed):

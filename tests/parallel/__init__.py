@@ -1,0 +1,1 @@
+"""What `torchtower.TowerParallel` promises, a file a promise, on CPU towers; tests/accelerator has those on devices."""

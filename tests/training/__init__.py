@@ -1,0 +1,1 @@
+"""The training program of `torchtower.training`."""
