@@ -85,6 +85,7 @@ class Shards:
         self._batches = batches
         self._dim = dim
         self.tensors = tensors
+        self.devices = {tensor.device for tensor in tensors}  # on which they lie
         self.main_inputs: list[Tensor] = []
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}

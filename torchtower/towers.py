@@ -26,6 +26,7 @@ from torchtower.replicas.replicate import Replica
 from torchtower.replicas.scripted import is_training
 from torchtower.shards import Shards
 from torchtower.threads.rounds import add_note
+from torchtower.threads.streams import Streams
 from torchtower.threads.workers import TowerPool
 
 Call = Callable[[Any, Any], Any]  # (replica's module, shard) -> output
@@ -116,7 +117,7 @@ class Towers:
         self._original.outside.remember()
         try:
             with self._compilation.watch(self.module, function, shards.tensors) as in_turn:
-                outputs = self._run_jobs([job_of(t) for t in range(len(taken))], in_turn)
+                outputs = self._run_jobs([job_of(t) for t in range(len(taken))], shards.devices, in_turn)
         except BaseException as error:
             drop_new_graphs(self._replicas[0])
             self._written_to += keep_what_was_assigned(self._replicas[0])  # a hook that stops the forward, say
@@ -138,7 +139,7 @@ class Towers:
             call=self._num_calls,
         )
 
-    def _run_jobs(self, jobs: list[Callable[[], Any]], in_turn: bool) -> list[Any]:
+    def _run_jobs(self, jobs: list[Callable[[], Any]], devices: set[torch.device], in_turn: bool) -> list[Any]:
         if take_gradients(self._replicas) and not self.pool.was_broken_into:
             raise RuntimeError(
                 "TowerParallel: expected gradients to reach the parameters through outputs, attributes or what hooks "
@@ -146,7 +147,7 @@ class Towers:
                 "elsewhere (in a class attribute, say), and its gradients are lost; return that tensor"
             )
         try:
-            outputs = self.pool.run(jobs, in_turn=in_turn)
+            outputs = self.pool.run(jobs, Streams(devices.union(self.pool.devices)), in_turn=in_turn)
         finally:
             parameters = self._original.parameters
             inner_gradients = take_gradients(self._replicas)

@@ -160,6 +160,26 @@ def test_towers_go_backward_on_the_streams_of_their_forward() -> None:
     assert seen == [mine, mine]
 
 
+@pytest.mark.parametrize("device_ids", [[0, 0], ["cpu", "cpu"]])
+def test_a_batch_from_a_device_without_a_tower_is_fetched_on_the_callers_stream_there(device_ids: list[Any]) -> None:
+    seen: list[torch.Stream] = []
+
+    def look(*_: object) -> None:
+        seen.append(torch.accelerator.current_stream(1))
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            look()
+            out = x * 2
+            out.register_hook(look)
+            return out
+
+    with torch.Stream(device(1)) as mine:
+        out = TowerParallel(Look(), device_ids)(rows(4).to(device(1)).requires_grad_())
+    out.sum().backward()
+    assert seen == [mine] * 4
+
+
 def test_an_output_on_its_way_to_the_cpu_is_waited_for() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

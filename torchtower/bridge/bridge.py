@@ -210,7 +210,7 @@ class Bridge:
             jobs = [
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
-        local = plan.pool.run(jobs, in_turn=family.in_turn, weights=family.weights)
+        local = plan.pool.run(jobs, family.streams, in_turn=family.in_turn, weights=family.weights)
         if collection is not None:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]
@@ -262,7 +262,7 @@ class Bridge:
             first.linked,
         )
         family = self._family
-        local = family.plan.pool.run(jobs, in_turn=family.in_turn, weights=family.weights)
+        local = family.plan.pool.run(jobs, family.streams, in_turn=family.in_turn, weights=family.weights)
         return connect_outputs(family, second, first.ports.all, local)
 
     def _alive(self) -> list[list[Root | None]]:

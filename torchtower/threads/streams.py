@@ -2,15 +2,15 @@
 
 Note [Order]
 Towers enqueue to the very streams that were current in the caller's thread at the forward, forward and backward, and
-whoever joins their results or fetches their gradients does so too. So what one thread has enqueued comes before what
-another enqueues later, memory that one frees is used anew only after all reads of it, and no events are needed; copies
-between devices order both devices' current streams themselves.
+whoever joins their results or fetches their gradients does so too: on their devices, and on those that the batch comes
+from. So what one thread has enqueued comes before what another enqueues later, memory that one frees is used anew only
+after all reads of it, and no events are needed; copies between devices order both devices' current streams themselves.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,11 +20,11 @@ class Streams:
     """The streams that are current in the thread that makes this, one for each device.
 
     Args:
-        devices: of the towers; a CPU has no streams.
+        devices: which work goes to or comes from, in any order; a CPU has no streams.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._streams = list(map(torch.accelerator.current_stream, _indices(tuple(devices))))
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams = list(map(torch.accelerator.current_stream, _indices(frozenset(devices))))
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -60,8 +60,8 @@ _as_it_is = nullcontext()
 
 
 @functools.cache
-def _indices(devices: tuple[torch.device, ...]) -> list[int]:
-    return sorted({device.index for device in devices if device.type != "cpu"})
+def _indices(devices: frozenset[torch.device]) -> list[int]:
+    return sorted({device.index for device in devices if device.type not in ("cpu", "meta")})
 
 
 def _make_current(streams: list[torch.Stream], device_index: int) -> None:

@@ -71,13 +71,14 @@ class ThreadState:
     """The caller's thread-local state, taken at construction; `run` does work under it in another thread.
 
     Args:
-        devices: the towers', in tower order. Autocast state of their types and the CPU's is carried, and their current
-            streams; a default device that names the main tower's names the tower's own in a tower.
+        devices: the towers', in tower order. Autocast state of their types and the CPU's is carried; a default device
+            that names the main tower's names the tower's own in a tower.
+        streams: that the caller's work goes to.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device], streams: Streams) -> None:
         self._main_device = devices[0]
-        self._streams = Streams(devices)
+        self._streams = streams
         self._grad_enabled = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         kinds = _device_types(tuple(devices))

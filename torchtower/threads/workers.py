@@ -26,6 +26,7 @@ from torchtower.threads.forward_mode import give_back_turn, leave_levels, take_t
 from torchtower.threads.generators import Seeds, TowerGenerators
 from torchtower.threads.heap import keep_freed_memory
 from torchtower.threads.rounds import Round, become_tower
+from torchtower.threads.streams import Streams
 from torchtower.threads.thread_state import ThreadState, has_levels, without_parametrization_cache
 from torchtower.threads.tower_random import draw_from, intercept_draws
 
@@ -75,13 +76,21 @@ class TowerPool:
             self._end_threads()
             self._intra_op_threads = share
 
-    def run(self, jobs: Sequence[Job], *, in_turn: bool = False, weights: Sequence[float] | None = None) -> list[Any]:
+    def run(
+        self,
+        jobs: Sequence[Job],
+        streams: Streams,
+        *,
+        in_turn: bool = False,
+        weights: Sequence[float] | None = None,
+    ) -> list[Any]:
         """Do ``jobs[t]`` in tower ``t``'s thread, all at once as far as `max_concurrency` allows.
 
         The caller holds `lock`.
 
         Args:
             jobs: one a tower; a list that ends early leaves the last towers out.
+            streams: that the work goes to.
             in_turn: one tower after the other.
             weights: of the towers, in a backward.
 
@@ -99,7 +108,7 @@ class TowerPool:
         if has_levels():  # a backward within torch.vmap
             with torch.autograd.set_multithreading_enabled(False):  # as in a tower's thread
                 return [job() for job in jobs]
-        state = ThreadState(self.devices)
+        state = ThreadState(self.devices, streams)
         seeds = Seeds(self.devices[0])
 
         def do(tower: int) -> Any:
