@@ -86,7 +86,7 @@ class ForwardResult:
         # The bridge keeps hold of what they were: the user, too, may write into them before a double backward.
         main_inputs = [held_as_is(tensor) for tensor in shards.main_inputs]
         inputs = self._inputs(main_inputs, len(outputs))
-        streams = Streams(shards.devices.union(plan.pool.devices))
+        streams = Streams(shards.devices.union(plan.pool.devices, [port.device for port in ports]))
         family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn, self._call)
         values = connect_outputs(family, inputs, all_ports, local_outputs)
         begin, end = len(ports), len(all_ports) - len(overwritten)

@@ -50,6 +50,12 @@ def reset_copies() -> None:
     torch.ops.simulated.reset_copies()
 
 
+def take_waits() -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Device and stream of each stream that was told to wait since this was last asked, and of whom it waits for."""
+    flat = torch.ops.simulated.take_waits()
+    return [((flat[i], flat[i + 1]), (flat[i + 2], flat[i + 3])) for i in range(0, len(flat), 4)]
+
+
 def _name(index: int) -> str:
     return "cpu" if index < 0 else f"{NAME}:{index}"
 
@@ -114,6 +120,7 @@ _EXPORTS = (
     device_count,
     copies,
     reset_copies,
+    take_waits,
     memory_allocated,
     max_memory_allocated,
     reset_peak_memory_stats,

@@ -106,13 +106,15 @@ def test_the_current_device_is_a_threads_own() -> None:
     assert torch.empty(1, device="simulated").device.index == 1
 
 
-def test_a_stream_is_current_where_it_was_entered() -> None:
+def test_a_stream_is_current_where_it_was_entered_and_others_wait_for_its_events(simulated: types.ModuleType) -> None:
     stream, event = torch.Stream("simulated:1"), torch.Event("simulated:1")
     with stream:
         assert torch.accelerator.current_stream(1) == stream
         event.record()
     assert torch.accelerator.current_stream(1) != stream
+    simulated.take_waits()
     torch.accelerator.current_stream(0).wait_event(event)
+    assert simulated.take_waits() == [((0, 0), (1, stream.stream_id))]
 
 
 def test_autograd_goes_backward_in_a_thread_of_the_device() -> None:

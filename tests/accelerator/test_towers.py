@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -178,6 +179,49 @@ def test_a_batch_from_a_device_without_a_tower_is_fetched_on_the_callers_stream_
         out = TowerParallel(Look(), device_ids)(rows(4).to(device(1)).requires_grad_())
     out.sum().backward()
     assert seen == [mine] * 4
+
+
+def streams_waited_for(simulated: types.ModuleType, devices: list[int], output_device: Any) -> set[tuple[Any, Any]]:
+    """Who waits for whom in a backward in other streams than the forward's; these are called "mine" and "others"."""
+    mine, others = [[torch.Stream(device(index)) for index in (0, 1)] for _ in range(2)]
+    names = {(stream.device_index, stream.stream_id): ("mine", stream.device_index) for stream in mine}
+    names |= {(stream.device_index, stream.stream_id): ("others", stream.device_index) for stream in others}
+    _, wrapped = twins(mlp(), devices, output_device=output_device)
+    with mine[1], mine[0]:
+        loss = wrapped(rows(4)).sum()
+    simulated.take_waits()
+    with others[1], others[0]:
+        loss.backward()
+    return {(names.get(who), names.get(whom)) for who, whom in simulated.take_waits()}
+
+
+@every_layout
+def test_after_a_backward_whose_outputs_are_on_the_cpu_its_caller_waits_for_the_forwards_streams(
+    simulated: types.ModuleType, devices: list[int]
+) -> None:
+    """There the engine knows no stream of the node's, and takes the caller's."""
+    waits = streams_waited_for(simulated, devices, "cpu")
+    main = ("others", devices[0])
+    assert {(main, ("mine", index)) for index in (0, 1)} <= waits
+    assert (("others", 1 - devices[0]), ("mine", 1 - devices[0])) in waits
+
+
+@every_layout
+def test_the_stream_of_an_output_elsewhere_waits_for_those_that_gradients_come_from(
+    simulated: types.ModuleType, devices: list[int]
+) -> None:
+    """The engine takes all that the towers' node returns for the work of the first output's stream."""
+    output_device = 1 - devices[0]
+    waits = streams_waited_for(simulated, devices, output_device)
+    assert (("mine", output_device), ("mine", devices[0])) in waits
+
+
+def test_where_all_work_goes_to_one_stream_a_backward_waits_for_nothing(simulated: types.ModuleType) -> None:
+    _, wrapped = twins(mlp(), [0, 0])
+    loss = wrapped(rows(4)).sum()
+    simulated.take_waits()
+    loss.backward()
+    assert simulated.take_waits() == []
 
 
 def test_an_output_on_its_way_to_the_cpu_is_waited_for() -> None:

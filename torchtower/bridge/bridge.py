@@ -148,7 +148,8 @@ class Bridge:
                 "TowerParallel: expected no backward of a wrapped module's output while this thread is within another "
                 "call or backward of it, as a signal's handler may be"
             )
-        with plan.pool.lock, self._family.streams.current():
+        devices = {plan.pool.devices[0], *[port.device for port in self._out_ports]}
+        with plan.pool.lock, self._family.streams.current_for_backward(devices):
             try:
                 plan.before_backward(self._family.call)
                 return self._backward(asked, grads)

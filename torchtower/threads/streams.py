@@ -5,12 +5,14 @@ Towers enqueue to the very streams that were current in the caller's thread at t
 whoever joins their results or fetches their gradients does so too: on their devices, and on those that the batch comes
 from. So what one thread has enqueued comes before what another enqueues later, memory that one frees is used anew only
 after all reads of it, and no events are needed; copies between devices order both devices' current streams themselves.
+Where a backward ends, the streams of the thread that it was called in, or that the engine has it run in, must wait for
+them: the engine takes all that a node returns for the work of one stream, on the device of its first output.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,6 +35,14 @@ class Streams:
         """Make them current in this thread; its current device stays."""
         return _Current(self._streams) if self._streams else _as_it_is
 
+    def current_for_backward(self, devices: Container[torch.device]) -> AbstractContextManager[None]:
+        """Make them current in this thread, after what its own streams hold, which in the end wait for them.
+
+        Args:
+            devices: whose streams wait for those of all devices.
+        """
+        return _InOrder(self._streams, devices) if self._streams else _as_it_is
+
     def synchronize(self) -> None:
         """Wait for all that was enqueued: no stream orders those who read what lies on the CPU."""
         for stream in self._streams:
@@ -54,6 +64,31 @@ class _Current(AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         _make_current(self._before, self._index)
+
+
+class _InOrder(_Current):
+    """Some streams, current within, between what this thread's own hold before and what comes to these afterwards."""
+
+    def __init__(self, streams: list[torch.Stream], devices: Container[torch.device]) -> None:
+        super().__init__(streams)
+        self._devices = devices
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        for stream, before in zip(self._streams, self._before, strict=True):
+            _wait(stream, before)
+
+    def __exit__(self, *error: object) -> None:
+        for before in self._before:
+            for stream in self._streams:
+                if before.device == stream.device or before.device in self._devices:
+                    _wait(before, stream)
+        super().__exit__(*error)
+
+
+def _wait(stream: torch.Stream, other: torch.Stream) -> None:
+    if stream != other:  # seldom, on one device
+        stream.wait_stream(other)
 
 
 _as_it_is = nullcontext()

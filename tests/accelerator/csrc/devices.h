@@ -11,12 +11,13 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace simulated {
 
 constexpr c10::DeviceType kType = c10::DeviceType::PrivateUse1;
-constexpr size_t kMaxDevices = 16;
+constexpr int64_t kMaxDevices = 16;
 
 inline c10::DeviceIndex device_count() {
   static const c10::DeviceIndex count = [] {
@@ -67,8 +68,28 @@ class Unfinished {
 
 inline Unfinished unfinished;
 
-// All else runs at once in the calling thread, so a stream is only a number and an event only the
-// fact of its existence.
+// Which streams were told to wait for events of which others.
+class Waits {
+ public:
+  void add(const c10::Stream& stream, int64_t device_index, int64_t stream_id) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    rows_.insert(rows_.end(), {stream.device_index(), stream.id(), device_index, stream_id});
+  }
+  // Four numbers each: device and stream of who waits, then of whom it waits for. Begins anew.
+  std::vector<int64_t> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(rows_, {});
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<int64_t> rows_;
+};
+
+inline Waits waits;
+
+// All else runs at once in the calling thread, so a stream is only a number, and an event the
+// number of its stream, in place of an address.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kType; }
   c10::DeviceIndex deviceCount() const noexcept override { return device_count(); }
@@ -110,10 +131,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
               c10::EventFlag) const override {
     TORCH_CHECK(index == -1 || index == stream.device_index(), "an event of device ", int(index),
                 " cannot be recorded on stream ", stream);
-    static char exists;
-    *event = &exists;
+    *event = reinterpret_cast<void*>((stream.id() + 1) * kMaxDevices + stream.device_index());
   }
-  void block(void*, const c10::Stream&) const override {}
+  void block(void* event, const c10::Stream& stream) const override {
+    const auto of = reinterpret_cast<intptr_t>(event);
+    waits.add(stream, of % kMaxDevices, of / kMaxDevices - 1);
+  }
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override { unfinished.finish(); }
   double elapsedTime(void*, void*, c10::DeviceIndex) const override { return 0; }
