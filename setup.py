@@ -27,7 +27,8 @@ class CMakeBuild(build_ext):
             SystemExit: CMake is missing, or torch is not installed in this environment.
         """
         # A persistent folder of ours, never setuptools' temporary one: it is what makes a second build a no-op.
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'debug' if self.debug else 'release'}"
+        abi = f"{sys.implementation.cache_tag}{sysconfig.get_config_var('abiflags')}"  # 't' of a Python without a GIL
+        build = ROOT / "build" / f"{abi}-{'debug' if self.debug else 'release'}"
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
         environment = self._environment()
         configure = [
