@@ -10,9 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tests.accelerator.towers import OUT, assert_same_values, device, feed, mlp, parameters_sent, rows, twins
-from torchtower import TowerParallel
+from tests.accelerator.towers import (
+    OUT,
+    assert_same_gradients,
+    assert_same_values,
+    device,
+    feed,
+    mlp,
+    parameters_sent,
+    rows,
+    twins,
+)
+from torchtower import TowerParallel, current_tower
+from torchtower.bridge.collect import cut_buckets
 
 BACK = ("simulated:1", "simulated:0")
 
@@ -221,3 +233,41 @@ def test_gradients_on_the_main_device_are_never_held_once_a_tower(
     own = 2 * model_bytes  # the main tower's gradients and the reduced ones
     buckets = 5 * 2 * 29 * 2**20  # a bucket and its flat copy for each of the others
     assert simulated.max_memory_allocated(0) - before < own + buckets
+
+
+def test_buckets_hold_only_parameters_that_are_trained_last_first() -> None:
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    parameters[1].requires_grad_(False)
+    assert cut_buckets(parameters) == [[2, 0]]
+
+
+class _Meeting(torch.autograd.Function):
+    """Its backward goes on once it has been come to in every tower."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, barrier: threading.Barrier) -> Tensor:
+        ctx.barrier = barrier
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if current_tower() is not None:
+            ctx.barrier.wait(20)
+        return grad, None
+
+
+def test_a_gradient_that_grows_after_its_bucket_was_reduced_arrives_whole() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            once = checkpoint(self.fc, x, use_reentrant=True)
+            return checkpoint(self.fc, _Meeting.apply(once, barrier).tanh(), use_reentrant=True)
+
+    barrier = threading.Barrier(2)
+    plain, wrapped = twins(Twice(), [0, 1], max_concurrency=2)
+    for net in (plain, wrapped):
+        net(rows(8).requires_grad_()).square().sum().backward()
+    assert_same_gradients(wrapped, plain)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, twins
 from torchtower import TowerParallel, current_tower
+from torchtower.threads.generators import real_states
 
 dropouts = pytest.mark.parametrize(
     "drop",
@@ -140,3 +141,90 @@ def test_checkpointing_recomputes_with_each_towers_own_mask(devices: list[int], 
     out = wrapped(torch.ones(len(devices), 64, dtype=torch.float64).requires_grad_())
     out.sum().backward()
     assert_same_values(wrapped.module.scale.grad, out.sum(0))  # the same masks, or these differ
+
+
+def test_the_device_modules_default_generators_are_a_towers_own_in_a_tower(generators: str) -> None:
+    if generators == "unnamed":
+        pytest.skip("the module gives none")
+
+    def drop(x: Tensor) -> Tensor:
+        generator = torch.simulated.default_generators[x.device.index]
+        assert len(torch.simulated.default_generators[:]) == 2
+        state = generator.get_state()
+        mask = torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+        generator.set_state(state)
+        assert torch.equal(torch.bernoulli(torch.full_like(x, 0.5)), mask)
+        return x * mask
+
+    drawn = []
+    for draw in (drop, lambda x: x * torch.bernoulli(torch.full_like(x, 0.5))):
+        wrapped = TowerParallel(Drop(draw), device_ids=[0, 1, 0, 1])
+        torch.manual_seed(7)
+        drawn.append(wrapped(torch.ones(4, 64)))
+    assert torch.equal(*drawn)
+    assert len({tuple(row) for row in drawn[0].tolist()}) == 4
+
+
+def test_outside_of_towers_a_devices_state_is_the_devices() -> None:
+    TowerParallel(Drop(F.dropout), device_ids=[0, 1])(torch.ones(2, 8))
+    for index in (0, 1):
+        state = torch.simulated.get_rng_state(index)
+        first = torch.rand(8, device=device(index))
+        torch.simulated.set_rng_state(state, index)
+        assert torch.equal(torch.rand(8, device=device(index)), first)
+
+
+def test_a_device_whose_module_asks_for_no_device_gives_towers_masks_of_their_own(
+    generators: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if generators != "unnamed":
+        pytest.skip("the module gives its generators")
+    wrapped = TowerParallel(Drop(F.dropout), device_ids=[0, 0])
+    wrapped(torch.ones(2, 64))
+    get, set_ = real_states["simulated"]
+    no_device: Any = (lambda: get(0), lambda new_state: set_(new_state, 0))  # as torch.mps
+    monkeypatch.setitem(real_states, "simulated", no_device)
+    torch.manual_seed(7)
+    first = wrapped(torch.ones(2, 64))
+    torch.manual_seed(7)
+    assert torch.equal(wrapped(torch.ones(2, 64)), first)
+    assert not torch.equal(first[0], first[1])
+
+
+WAYS = {"none": lambda d: (), "index": lambda d: (d.index,), "device": lambda d: (d,), "name": lambda d: (str(d),)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tower_names_its_device_as_it_likes_when_it_sets_its_state_back(way: str) -> None:
+    def drop(x: Tensor) -> Tensor:
+        which = WAYS[way](x.device)
+        state = torch.simulated.get_rng_state(*which)
+        first = F.dropout(x)
+        torch.simulated.set_rng_state(state, *which)
+        assert torch.equal(F.dropout(x), first)
+        return first
+
+    out = TowerParallel(Drop(drop), device_ids=[0, 1, 0, 1])(torch.ones(4, 64))
+    assert len({tuple(row) for row in out.tolist()}) == 4
+
+
+def test_a_tower_may_draw_on_another_device_and_set_that_state_back() -> None:
+    def drop(x: Tensor) -> Tensor:
+        other = device(1 - x.device.index)
+        state = torch.simulated.get_rng_state(other)
+        first = F.dropout(torch.ones(64, device=other))
+        torch.simulated.set_rng_state(state, other)
+        assert torch.equal(F.dropout(torch.ones(64, device=other)), first)
+        return x * first.to(x.device)
+
+    out = TowerParallel(Drop(drop), device_ids=[0, 1])(torch.ones(2, 64))
+    assert not torch.equal(out[0], out[1])
+
+
+@pytest.mark.parametrize("then", [F.dropout, torch.rand_like])
+def test_what_other_towers_draw_after_a_dropout_leaves_their_devices_generator_alone_too(then: Any) -> None:
+    wrapped = TowerParallel(Drop(lambda x: then(F.dropout(x))), device_ids=[0, 1])
+    before = torch.simulated.get_rng_state(1)
+    wrapped(torch.ones(2, 8))
+    assert torch.equal(before, torch.simulated.get_rng_state(1))

@@ -48,3 +48,14 @@ def test_one_device_has_its_scatter_and_no_gather_as_in_data_parallel(style: str
     else:
         loss = wrapped.tower_loss(lambda net, x: net(x).sum(), rows(4))
         assert_same_values(loss, wrapped.module(x / 2).sum())
+
+
+def test_within_a_transform_a_wrapper_with_a_scatter_of_its_own_moves_the_batch_to_the_main_device() -> None:
+    class Uncut(TowerParallel):
+        def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
+            raise AssertionError("no batch is cut within a transform")
+
+    net = mlp().double().to(device(0))
+    x = rows(4)
+    got = torch.func.vmap(Uncut(net, device_ids=[0, 1]))(x)
+    assert_same_values(got, net(x.to(device(0))))

@@ -224,6 +224,16 @@ def test_where_all_work_goes_to_one_stream_a_backward_waits_for_nothing(simulate
     assert simulated.take_waits() == []
 
 
+def test_a_backward_leaves_the_streams_of_its_caller_as_they_are() -> None:
+    wrapped = TowerParallel(mlp().double().to(device(0)), device_ids=[0, 1], output_device="cpu")
+    forward, backward = ([torch.Stream(device(index)) for index in (0, 1)] for _ in range(2))
+    with forward[1], forward[0]:
+        out = wrapped(rows(4))
+    with backward[1], backward[0]:
+        out.sum().backward()
+        assert [torch.accelerator.current_stream(index) for index in (0, 1)] == backward
+
+
 def test_an_output_on_its_way_to_the_cpu_is_waited_for() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -385,3 +395,8 @@ def test_a_part_of_the_module_as_an_argument_is_the_towers_own(devices: list[int
     for net, inner in ((plain, plain), (wrapped, wrapped.module)):
         net(rows(9), inner.fc).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+def test_a_default_device_that_is_not_the_main_one_is_the_same_in_every_tower() -> None:
+    with torch.device("simulated:1"):
+        assert seen_by_towers(lambda: str(torch.empty(0).device)) == ["simulated:1"] * 2

@@ -6,6 +6,7 @@ import copy
 import io
 import threading
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -14,7 +15,17 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_same_gradients, batch, mlp, steps_follow, twins, wrap
+from tests.helpers import (
+    EVERY_COUNT,
+    assert_close,
+    assert_same_gradients,
+    batch,
+    mean_of_squares_by,
+    mlp,
+    steps_follow,
+    twins,
+    wrap,
+)
 from torchtower import TowerParallel
 
 # ---- torch.compile
@@ -273,3 +284,39 @@ def test_a_wrapper_is_traced_and_exported_as_its_module(num_towers: int, way: st
     else:
         program = torch.export.export(wrapped, (x,)).module()
     assert_close(program(x), plain(x))
+
+
+def test_a_tower_loss_within_a_compiled_step_is_the_same_and_warns(counting_backend: Any) -> None:
+    plain, wrapped = twins(mlp(), 2)
+
+    @torch.compile(backend=counting_backend)
+    def loss_of(x: Tensor) -> Any:
+        return wrapped.tower_loss(mean_of_squares_by, x * 2)
+
+    with pytest.warns(UserWarning, match="leaves what its towers do as it is"):
+        loss = loss_of(batch(5))
+    expected = mean_of_squares_by(plain, batch(5) * 2)
+    for each in (loss, expected):
+        each.backward()
+    assert_close(loss, expected)
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_tower_loss_of_a_compiled_function_within_a_compiled_step_does_not_warn(counting_backend: Any) -> None:
+    plain, wrapped = twins(mlp(), 2)
+
+    def mean_of_squares(net: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = net(x)
+        return out.square().mean()
+
+    loss_fn = torch.compile(mean_of_squares, backend=counting_backend)
+
+    @torch.compile(backend=counting_backend)
+    def loss_of(x: Tensor) -> Any:
+        return wrapped.tower_loss(loss_fn, x * 2)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = loss_of(batch(5))
+    assert not [each for each in caught if "leaves what its towers do" in str(each.message)]
+    assert_close(loss, mean_of_squares(plain, batch(5) * 2))

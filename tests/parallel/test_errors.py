@@ -276,3 +276,36 @@ def test_an_error_object_that_is_raised_again_names_the_tower_that_raised_it_las
         with pytest.raises(ValueError) as caught:
             wrapped(batch(4))
         assert str(caught.value) == f"told to fail (in a way) (in tower {tower} on device cpu)"
+
+
+def test_an_error_object_raised_again_keeps_its_own_notes_and_names_the_last_tower_alone() -> None:
+    error = OSError(2, "no such file")
+    error.add_note("of the first shard")
+    error.add_note("of the second shard")
+
+    class Net(nn.Module):
+        failing = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if current_tower() == Net.failing:
+                raise error
+            return x
+
+    wrapped = wrap(Net(), 3)
+    for Net.failing in (2, 0, 1):
+        with pytest.raises(OSError, match="no such file"):
+            wrapped(batch(6))
+        own, (told, tower) = error.__notes__[:2], error.__notes__[2:]
+        assert own == ["of the first shard", "of the second shard"]
+        assert sorted([told.split()[0], tower.split()[0]]) == ["TowerParallel", "in"]
+        assert f"in tower {Net.failing} on device cpu" in (told, tower)
+
+
+def test_an_error_without_words_names_its_tower_in_a_note() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError
+
+    with pytest.raises(ValueError) as caught:
+        wrap(Net(), 2)(batch(4))
+    assert "in tower 0 on device cpu" in caught.value.__notes__

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.helpers import (
     EVERY_COUNT,
     SEVERAL,
+    STYLES,
     assert_close,
     assert_go_backward_alike,
     assert_same_gradients,
@@ -377,3 +378,26 @@ def test_what_scatter_may_not_return_is_named(scattered: Any, error: type[Except
     kind = type("Mine", (TowerParallel,), {"scatter": lambda self, *args: scattered})
     with pytest.raises(error, match=words):
         kind(mlp(), device_ids=["cpu", "cpu"])(batch(4))
+
+
+class Uncut(TowerParallel):
+    def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
+        raise AssertionError("one CPU tower's batch is not cut")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_one_cpu_tower_gives_the_module_the_very_objects_that_it_is_given(style: str) -> None:
+    seen: list[Any] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, options: dict[str, Any]) -> Tensor:
+            seen.extend([x, options])
+            return x.sum()
+
+    x, options = batch(4), {"mask": batch(4, seed=1), "names": ["a", "b"]}
+    wrapped = Uncut(Net(), device_ids=["cpu"])
+    if style == "drop-in":
+        wrapped(x, options=options)
+    else:
+        wrapped.tower_loss(lambda net, x, options: net(x, options), x, options=options)
+    assert seen[0] is x and seen[1] is options

@@ -422,3 +422,22 @@ model(x)
 """
     )
     assert done.stdout == "torch.Size([4, 2]) torch.Size([4, 2]) None\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_another_thread_is_in_a_forward_may_go_backward_from_an_earlier_one() -> None:
+    passes("""
+model = towers(Slow(0.0))
+out = model(torch.ones(4, 3)).sum()
+model.module.seconds = 1.0
+forward = threading.Thread(target=lambda: model(torch.ones(4, 3)))
+forward.start()
+time.sleep(0.3)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    out.backward()
+    os._exit(0 if model.module.fc.weight.grad is not None else 1)
+assert os.waitpid(child, 0)[1] == 0
+forward.join()
+""")

@@ -421,3 +421,18 @@ while any("tower" in thread.name and thread.is_alive() for thread in threading.e
     time.sleep(0.05)
 """
     )
+
+
+def test_a_signals_handler_may_take_a_tower_loss() -> None:
+    passes("""
+found = []
+def handle(*_):
+    found.append(model.tower_loss(lambda net, x: net(x).square().mean(), torch.ones(4, 3)))
+    found.append(model.module(torch.ones(4, 3)).square().mean())
+signal.signal(signal.SIGALRM, handle)
+model = towers(Slow(0.3))
+model.module.seconds = 0.5
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+model(torch.ones(4, 3))
+assert len(found) == 2 and torch.equal(*found)
+""", 30)  # fmt: skip

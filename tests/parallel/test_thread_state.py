@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +25,7 @@ from tests.helpers import (
     wrap,
 )
 from tests.modules import OneLayer
-from torchtower import current_tower
+from torchtower import current_tower, tower_sum
 
 
 class Watching(nn.Module):
@@ -368,3 +369,60 @@ def test_deterministic_algorithms_and_matmul_precision_hold_in_towers() -> None:
         torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision(before)
     assert seen == [(True, "medium")] * 2
+
+
+class _SeeingDispatch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int | None] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(current_tower())
+        return func(*args, **(kwargs or {}))
+
+
+class _SeeingFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int | None] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(current_tower())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [_SeeingDispatch, _SeeingFunctions])
+def test_a_mode_ends_in_towers_where_it_ends_for_the_caller(kind: Any) -> None:
+    wrapped = wrap(mlp(), 2)
+    with kind() as mode:
+        wrapped(batch(4))
+    assert {0, 1} <= mode.seen
+    mode.seen.clear()
+    wrapped(batch(4))
+    assert not mode.seen
+
+
+def test_a_level_of_forward_mode_left_twice_in_a_tower_is_torchs_own_error() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with forward_ad.dual_level():
+                pass
+            with pytest.raises(RuntimeError, match="Dual level must be a positive number"):
+                forward_ad.exit_dual_level()
+            return x
+
+    x = batch(4)
+    assert torch.equal(wrap(Net(), 2)(x), x)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_tower_that_has_left_forward_mode_meets_the_others_again(times: int) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(times):
+                for _ in range(2):
+                    x = torch.func.jvp(lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1], (x,), (x,))[1]
+                x = x + tower_sum(x.sum())
+            return x
+
+    assert wrap(Net(), 3, max_concurrency=3)(batch(6)).shape == (6, 3)

@@ -29,7 +29,7 @@ from tests.helpers import (
     wrap,
 )
 from tests.modules import calling
-from torchtower import current_tower
+from torchtower import current_tower, tower_sum
 from torchtower.replicas.replicate import Replica
 from torchtower.threads.workers import TowerPool
 
@@ -113,6 +113,35 @@ def test_one_at_a_time_goes_in_tower_order() -> None:
     net = Crowd().double()
     wrap(net, 5, max_concurrency=1)(batch(12))
     assert net.state.order == [0, 1, 2, 3, 4]
+
+
+class MeetingCrowd(nn.Module):
+    """Counts how many towers are inside at once, between meetings of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = _Count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(4):
+            with self.state.entered():
+                x = x * 0.5
+            x = x + tower_sum(x.sum())
+        return x
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_max_concurrency_bounds_towers_that_have_met_too(at_once: int) -> None:
+    net = MeetingCrowd()
+    wrap(net, 6, max_concurrency=at_once)(batch(12))
+    assert net.state.most <= at_once
+    assert len(net.state.order) == 4 * 6
+
+
+def test_one_at_a_time_goes_in_tower_order_from_meeting_to_meeting() -> None:
+    net = MeetingCrowd()
+    wrap(net, 5, max_concurrency=1)(batch(12))
+    assert net.state.order == [0, 1, 2, 3, 4] * 4
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 from tests.helpers import (
     EVERY_COUNT,
     SEVERAL,
+    STYLES,
     assert_close,
     assert_same_gradients,
     batch,
+    loss_in,
+    mean_of_squares_by,
     mlp,
     twins,
     wrap,
@@ -126,3 +131,22 @@ def test_a_loss_function_that_calls_the_wrapper_itself_means_its_towers_replica(
     loss.backward()
     plain(batch(7)).square().mean().backward()
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_tower_losses_are_of_the_last_call_without_graph(num_towers: int) -> None:
+    wrapped = wrap(mlp(), num_towers)
+    for seed in range(2):
+        loss = wrapped.tower_loss(mean_of_squares_by, batch(2 * num_towers, seed=seed))
+        assert len(wrapped.tower_losses) == num_towers
+        assert not any(own.requires_grad for own in wrapped.tower_losses)
+        assert torch.allclose(torch.stack(wrapped.tower_losses).mean(), loss)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_call_that_nothing_compiles_warns_of_nothing(style: str) -> None:
+    wrapped = wrap(mlp(), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            loss_in(style, wrapped, mean_of_squares_by, batch(4)).backward()

@@ -1,6 +1,6 @@
 """A training loop around the wrapper takes the plain module's path, whatever is in it.
 
-Gradients that accumulate, with no_sync or without; any optimizer, schedule, clipping, scaler or average of weights.
+Gradients that accumulate; any optimizer, schedule, clipping, scaler or average of weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tests.helpers import (
     EVERY_COUNT,
     STYLES,
     assert_close,
-    assert_go_backward_alike,
     assert_same_gradients,
     assert_same_parameters,
     batch,
@@ -209,91 +208,3 @@ def test_an_averaged_model_of_the_wrapper_works() -> None:
                 p.add_(step)
         averaged.update_parameters(wrapped)
     assert averaged(batch(4)).shape == (4, 2)
-
-
-# ---- without synchronisation
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_no_sync_accumulates_and_the_next_backward_reduces_once(num_towers: int, style: str) -> None:
-    plain, wrapped = twins(mlp(), num_towers)
-
-    def backward(net: nn.Module, step: int) -> None:
-        x, y = batch(7, seed=step), batch(7, 2, seed=50 + step)
-        loss_in(style, net, lambda net, x, y: F.mse_loss(net(x), y), x, y).backward()
-
-    for round_ in range(2):
-        for net in (plain, wrapped):
-            net.zero_grad()
-            for step in range(2):
-                if net is wrapped:
-                    with wrapped.no_sync():
-                        backward(net, 10 * round_ + step)
-                else:
-                    backward(net, 10 * round_ + step)
-            backward(net, 10 * round_ + 9)
-        assert_same_gradients(wrapped, plain)
-
-
-def test_within_no_sync_no_gradient_reaches_the_parameters() -> None:
-    wrapped = wrap(mlp(), 2)
-    with wrapped.no_sync():
-        wrapped(batch(4)).sum().backward()
-    assert all(p.grad is None for p in wrapped.parameters())
-    wrapped(batch(4)).sum().backward()
-    assert all(p.grad is not None for p in wrapped.parameters())
-
-
-@pytest.mark.parametrize("of", ["the wrapper", "its module", "what contains it"])
-def test_zero_grad_forgets_what_no_sync_kept(of: str) -> None:
-    plain, wrapped = twins(mlp(), 2)
-    with wrapped.no_sync():
-        wrapped(batch(4)).sum().backward()
-    {"the wrapper": wrapped, "its module": wrapped.module, "what contains it": nn.Sequential(wrapped)}[of].zero_grad()
-    assert_go_backward_alike(plain, wrapped, batch(7))
-
-
-def test_zero_grad_forgets_what_no_sync_kept_of_parameters_that_are_gone() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    with wrapped.no_sync():
-        wrapped(batch(4)).sum().backward()
-    for net in (plain, wrapped.module):
-        torch.manual_seed(1)
-        net[2] = nn.Linear(5, 2).double()
-    wrapped.zero_grad()
-    assert not wrapped._held
-    assert_go_backward_alike(plain, wrapped, batch(7))
-
-
-def test_zero_grad_of_a_part_forgets_that_part() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    plain(batch(4)).sum().backward()
-    with wrapped.no_sync():
-        wrapped(batch(4)).sum().backward()
-    for net in (plain, wrapped.module):
-        net[0].zero_grad()
-    for net in (plain, wrapped):
-        net(batch(7)).sum().backward()
-    assert_same_gradients(wrapped, plain)
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_an_optimizers_zero_grad_forgets_what_no_sync_kept_of_its_parameters(set_to_none: bool) -> None:
-    plain, wrapped = twins(mlp(), 2)
-    optimizers = [torch.optim.SGD(list(net.parameters())[:2], lr=0.1) for net in (plain, wrapped)]
-    plain(batch(6)).square().sum().backward()
-    with wrapped.no_sync():
-        wrapped(batch(6)).square().sum().backward()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none)
-    for net in (plain, wrapped):
-        net(batch(5)).square().sum().backward()
-    assert_same_gradients(wrapped, plain)
-
-
-def test_an_error_within_no_sync_leaves_the_context() -> None:
-    plain, wrapped = twins(mlp(), 2)
-    with pytest.raises(KeyError), wrapped.no_sync():
-        raise KeyError
-    assert_go_backward_alike(plain, wrapped, batch(7))
