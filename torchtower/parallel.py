@@ -329,7 +329,7 @@ class TowerParallel(Steps[Module]):
         Source:
             ``torch.nn.parallel.DistributedDataParallel.no_sync``.
         """
-        if self.num_towers == 1 or current_tower() is not None:
+        if current_tower() is not None:
             yield
             return
         held = self._held

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -70,7 +69,6 @@ class Collection:
             arrived[tower] = grads
             if len(arrived) < len(self._weights) or bucket in self._spoiled:
                 return
-            self._arrived[bucket] = {}
         self._reduced[bucket] = self._reduce([arrived[t] for t in range(len(self._weights))])
 
     def spoil(self, bucket: int) -> None:
@@ -94,8 +92,7 @@ class Collection:
         return results
 
     def _reduce(self, towers: list[list[Grad]]) -> list[Grad]:
-        with _on(self._device):
-            return weighted_sum([_move(grads, self._device) for grads in towers], self._weights, in_place=False)
+        return weighted_sum([_move(grads, self._device) for grads in towers], self._weights, in_place=False)
 
 
 class Sender:
@@ -130,9 +127,8 @@ class Sender:
         """A leaf's gradient has been accumulated; send its bucket if it is full now."""
         bucket = self._bucket_of[id(leaf)]
         missing = self._missing[bucket]
-        if id(leaf) not in missing:
-            if not missing:
-                self._collection.spoil(bucket)
+        if not missing:
+            self._collection.spoil(bucket)
             return
         missing.discard(id(leaf))
         if not missing:
@@ -146,7 +142,3 @@ def _move(grads: list[Grad], device: torch.device) -> list[Grad]:
         return [None if grad is None else move(grad, device) for grad in grads]
     moved = iter(unflatten(move(flatten(away), device), away))
     return [grad if grad is None or grad.device == device else next(moved) for grad in grads]
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)

@@ -114,4 +114,4 @@ def _let_drop(kind: Any, parameters_of: Callable[[Any], Iterable[Tensor]]) -> No
 
 def _like(parameter: Tensor, grad: Grad) -> Grad:
     # The module may have been cast since.
-    return grad if grad is None or grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+    return None if grad is None else grad.to(parameter.dtype)

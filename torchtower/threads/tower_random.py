@@ -182,7 +182,7 @@ def _own_generator(device_type: str, which: Any) -> Iterator[Generator]:
     if generators is None:
         yield None
         return
-    index = which if which is None or isinstance(which, int) else torch.device(which).index
+    index = None if which is None else torch.device(which).index
     device = torch.device(device_type, torch.accelerator.current_device_index() if index is None else index)
     with nullcontext() if _local.borrowed == device else _lock_of(device):
         yield generators.on(device)

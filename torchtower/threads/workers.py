@@ -81,7 +81,7 @@ class TowerPool:
         jobs: Sequence[Job],
         streams: Streams,
         *,
-        in_turn: bool = False,
+        in_turn: bool,
         weights: Sequence[float] | None = None,
     ) -> list[Any]:
         """Do ``jobs[t]`` in tower ``t``'s thread, all at once as far as `max_concurrency` allows.
