@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import assert_close
-from torchtower import TowerParallel
+from torchtower import TowerParallel, current_tower
 
 LAYOUTS = {"two": [0, 1], "twice": [0, 1, 0, 1], "turned": [1, 0]}
 every_layout = pytest.mark.parametrize("devices", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -64,6 +65,22 @@ def assert_go_backward_alike(plain: nn.Module, wrapped: TowerParallel, x: Tensor
 def assert_same_state(wrapped: TowerParallel, plain: nn.Module) -> None:
     for name, value in plain.state_dict().items():
         assert_same_values(wrapped.module.state_dict()[name], value)
+
+
+def seen_by_towers(look: Callable[[], Any], devices: list[int] | None = None) -> list[Any]:
+    """What each of the towers sees in a forward, in tower order."""
+    found: dict[int, Any] = {}
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tower = current_tower()
+            assert tower is not None
+            found[tower] = look()
+            return x
+
+    wrapped = TowerParallel(Look(), device_ids=devices or [0, 1])
+    wrapped(rows(4))
+    return [found[tower] for tower in sorted(found)]
 
 
 def feed(wrapped: TowerParallel, columns: int = 3) -> Tensor:

@@ -1,0 +1,125 @@
+"""Work goes to the streams that the caller has made current, and who reads its results waits for it."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, seen_by_towers, twins
+from torchtower import TowerParallel
+
+
+def test_towers_work_on_the_callers_streams_so_that_order_holds() -> None:
+    mine = [torch.Stream(device(index)) for index in (0, 1)]
+    with mine[1], mine[0]:
+        seen = seen_by_towers(lambda: [torch.accelerator.current_stream(index) for index in (0, 1)])
+    assert seen == [mine, mine]
+    default = [torch.accelerator.current_stream(index) for index in (0, 1)]
+    assert mine[0] not in default
+    assert seen_by_towers(lambda: [torch.accelerator.current_stream(index) for index in (0, 1)]) == [default, default]
+
+
+def test_towers_go_backward_on_the_streams_of_their_forward() -> None:
+    seen: list[list[torch.Stream]] = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = x * 2
+            out.register_hook(lambda grad: seen.append([torch.accelerator.current_stream(index) for index in (0, 1)]))
+            return out
+
+    mine = [torch.Stream(device(index)) for index in (0, 1)]
+    with mine[1], mine[0]:
+        out = TowerParallel(Look(), device_ids=[0, 1])(rows(4).requires_grad_())
+    out.sum().backward()
+    assert seen == [mine, mine]
+
+
+@pytest.mark.parametrize("device_ids", [[0, 0], ["cpu", "cpu"]])
+def test_a_batch_from_a_device_without_a_tower_is_fetched_on_the_callers_stream_there(device_ids: list[Any]) -> None:
+    seen: list[torch.Stream] = []
+
+    def look(*_: object) -> None:
+        seen.append(torch.accelerator.current_stream(1))
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            look()
+            out = x * 2
+            out.register_hook(look)
+            return out
+
+    with torch.Stream(device(1)) as mine:
+        out = TowerParallel(Look(), device_ids)(rows(4).to(device(1)).requires_grad_())
+    out.sum().backward()
+    assert seen == [mine] * 4
+
+
+def streams_waited_for(simulated: types.ModuleType, devices: list[int], output_device: Any) -> set[tuple[Any, Any]]:
+    """Who waits for whom in a backward in other streams than the forward's; these are called "mine" and "others"."""
+    mine, others = [[torch.Stream(device(index)) for index in (0, 1)] for _ in range(2)]
+    names = {(stream.device_index, stream.stream_id): ("mine", stream.device_index) for stream in mine}
+    names |= {(stream.device_index, stream.stream_id): ("others", stream.device_index) for stream in others}
+    _, wrapped = twins(mlp(), devices, output_device=output_device)
+    with mine[1], mine[0]:
+        loss = wrapped(rows(4)).sum()
+    simulated.take_waits()
+    with others[1], others[0]:
+        loss.backward()
+    return {(names.get(who), names.get(whom)) for who, whom in simulated.take_waits()}
+
+
+@every_layout
+def test_after_a_backward_whose_outputs_are_on_the_cpu_its_caller_waits_for_the_forwards_streams(
+    simulated: types.ModuleType, devices: list[int]
+) -> None:
+    """There the engine knows no stream of the node's, and takes the caller's."""
+    waits = streams_waited_for(simulated, devices, "cpu")
+    main = ("others", devices[0])
+    assert {(main, ("mine", index)) for index in (0, 1)} <= waits
+    assert (("others", 1 - devices[0]), ("mine", 1 - devices[0])) in waits
+
+
+@every_layout
+def test_the_stream_of_an_output_elsewhere_waits_for_those_that_gradients_come_from(
+    simulated: types.ModuleType, devices: list[int]
+) -> None:
+    """The engine takes all that the towers' node returns for the work of the first output's stream."""
+    output_device = 1 - devices[0]
+    waits = streams_waited_for(simulated, devices, output_device)
+    assert (("mine", output_device), ("mine", devices[0])) in waits
+
+
+def test_where_all_work_goes_to_one_stream_a_backward_waits_for_nothing(simulated: types.ModuleType) -> None:
+    _, wrapped = twins(mlp(), [0, 0])
+    loss = wrapped(rows(4)).sum()
+    simulated.take_waits()
+    loss.backward()
+    assert simulated.take_waits() == []
+
+
+def test_a_backward_leaves_the_streams_of_its_caller_as_they_are() -> None:
+    wrapped = TowerParallel(mlp().double().to(device(0)), device_ids=[0, 1], output_device="cpu")
+    forward, backward = ([torch.Stream(device(index)) for index in (0, 1)] for _ in range(2))
+    with forward[1], forward[0]:
+        out = wrapped(rows(4))
+    with backward[1], backward[0]:
+        out.sum().backward()
+        assert [torch.accelerator.current_stream(index) for index in (0, 1)] == backward
+
+
+def test_an_output_on_its_way_to_the_cpu_is_waited_for() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.T).to("cpu", non_blocking=True)
+
+    x = torch.randn(512, 512)
+    wrapped = TowerParallel(Net(), device_ids=[0, 1])
+    expected = torch.cat([part @ part.T for part in x.chunk(2)])
+    assert_same_values(wrapped(x), expected, rtol=1e-5)
+    loss = wrapped.tower_loss(lambda net, x: (x @ x.T).sum().to("cpu", non_blocking=True), x)
+    assert_same_values(loss, expected.sum() / 2, rtol=1e-4)
