@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, twins
 from torchtower import TowerParallel, current_tower
-from torchtower.threads.generators import real_states
+from torchtower.threads import generators as threads_generators
+from torchtower.threads.generators import look_at_operators, real_states
 
 dropouts = pytest.mark.parametrize(
     "drop",
@@ -228,3 +229,38 @@ def test_what_other_towers_draw_after_a_dropout_leaves_their_devices_generator_a
     before = torch.simulated.get_rng_state(1)
     wrapped(torch.ones(2, 8))
     assert torch.equal(before, torch.simulated.get_rng_state(1))
+
+
+@pytest.fixture
+def drawn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Operators leave random numbers to the CPU's, as torch_openreg's do, and take no generator of the device's own."""
+    torch.ops.simulated.draw_on_cpu(True)
+    look_at_operators.cache_clear()
+    monkeypatch.setattr(threads_generators, "_drawn_on_cpu", set())
+    yield
+    torch.ops.simulated.draw_on_cpu(False)
+    look_at_operators.cache_clear()
+
+
+@pytest.mark.usefixtures("drawn_on_cpu")
+@dropouts
+@pytest.mark.parametrize("devices", [[0, 1], [1, 0], [0, 1, 0, 1], [0, 0]])
+def test_where_the_cpu_draws_for_a_device_towers_masks_are_their_own_and_a_seed_reproduces_them(
+    devices: list[int], drop: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(RuntimeError, match="Expected a 'cpu' device type for generator"):
+        torch.rand(1, device=device(0), generator=torch.Generator(device(0)))
+    test_towers_draw_different_masks_that_a_seed_reproduces(devices, drop)
+    test_the_main_tower_draws_as_the_plain_module_would(drop)
+
+
+@pytest.mark.usefixtures("drawn_on_cpu")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_where_the_cpu_draws_for_a_device_a_checkpoint_draws_the_same_masks_again(use_reentrant: bool) -> None:
+    x = torch.ones(8, 16, device=device(0), requires_grad=True)
+    wrapped = TowerParallel(
+        Drop(lambda x: checkpoint(F.dropout, x, use_reentrant=use_reentrant)), device_ids=[0, 1, 0, 1]
+    )
+    out = wrapped(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, out)

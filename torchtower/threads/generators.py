@@ -9,11 +9,13 @@ import functools
 import inspect
 import threading
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 Generator = Any  # torch.Generator, or what stands for a device's
+_drawn_on_cpu: set[str] = set()  # types of devices whose operators take a CPU's generators
 real_states: dict[str, tuple[Any, Any]] = {}  # by device type, its module's own get_rng_state and set_rng_state
 
 
@@ -66,6 +68,7 @@ class TowerGenerators:
 
     def on(self, device: torch.device) -> Generator:
         """The generator that this tower's draws on ``device`` come from."""
+        device = drawn_on(device)
         generator = self._generators.get(device)
         if generator is None:
             seed = self._seeds.seed(device, self._tower_index)
@@ -82,6 +85,23 @@ class TowerGenerators:
         for device, fresh in self._fresh.items():
             if hash_of(self._generators[device]) != fresh:
                 self._seeds.note_draw(device.type)
+
+
+@functools.cache
+def look_at_operators(device_type: str) -> None:
+    """Find out whether a device's random operators take generators of its own; see `drawn_on`."""
+    numbers = torch.empty(1, device=torch.device(device_type, 0))
+    try:
+        numbers.uniform_(generator=torch.Generator(numbers.device))
+    except Exception:  # what a backend raises, or it has no generators at all
+        with suppress(Exception):
+            numbers.uniform_(generator=torch.Generator())
+            _drawn_on_cpu.add(device_type)
+
+
+def drawn_on(device: torch.device) -> torch.device:
+    """Whose generators a device's operators take: the CPU's, where a backend leaves its random numbers to the CPU."""
+    return torch.device("cpu") if device.type in _drawn_on_cpu else device
 
 
 def hash_of(generator: Generator) -> int:

@@ -9,9 +9,9 @@ nothing. ``F.dropout`` takes no generator, hence the detour: ATen's random opera
 alone, by a dispatch key that PyTorch keeps for its own tests, whose fallback is a fall-through (other operators pay
 nothing). Activation checkpointing saves and restores ``torch.random.default_generator``, so a stand-in with a face for
 each thread takes that name for torch's own functions (who asks the module for it gets a real generator, this thread's),
-and another takes the name of the device module's ``default_generators``. Operators that
-draw on an accelerator and take no generator (fused dropout, attention) see the device's own generator set to the
-tower's state while they run, and it is theirs alone meanwhile.
+and another takes the name of the device module's ``default_generators``. Operators that draw on an accelerator and take
+no generator (fused dropout, attention) see the device's own generator set to the tower's state while they run, and it
+is theirs alone meanwhile. A device whose operators take no generator of its own has its random numbers from the CPU's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
-from torchtower.threads.generators import Generator, TowerGenerators, default_generator, real_states
+from torchtower.threads.generators import (
+    Generator,
+    TowerGenerators,
+    default_generator,
+    drawn_on,
+    look_at_operators,
+    real_states,
+)
 
 Result = TypeVar("Result")
 _KEY_NAME = "TESTING_ONLY_GenericMode"
@@ -90,10 +97,12 @@ class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
         return generators.on(torch.device(self._device_type, range(len(self.real))[index]))
 
 
-def intercept_draws() -> Any:
-    """Intercept ATen's random operators under the spare key, once in a process."""
+def intercept_draws(devices: Iterable[torch.device]) -> Any:
+    """Intercept ATen's random operators under the spare key, once in a process, for towers on these devices."""
     with _install_lock:
         _stand_in_for_device_module()
+        for device_type in {device.type for device in devices}:
+            look_at_operators(device_type)
         return _intercept_draws_once()
 
 
@@ -263,7 +272,7 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     device = torch.device(device)
     if device.type != "cpu" and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    return device
+    return drawn_on(device)
 
 
 def _release_all() -> None:

@@ -50,7 +50,7 @@ class TowerPool:
     def __init__(self, devices: Sequence[torch.device], max_concurrency: int | None, lock: threading.RLock) -> None:
         take_turns_in_forward_mode()
         keep_freed_memory()
-        intercept_draws()  # now: what is made first is torn down last when the interpreter exits
+        intercept_draws(devices)  # now: what is made first is torn down last when the interpreter exits
         self.devices = tuple(devices)
         _accelerators.update(device for device in devices if device.type != "cpu")
         self.max_concurrency = min(len(self.devices), max_concurrency or available_cores())

@@ -46,6 +46,8 @@ class CpuCall {
       meet_device(resolve(value.toDevice()));
       return c10::Device(c10::kCPU);
     }
+    if (draws_on_cpu)
+      return map_tensors(value, [this](const at::Tensor& tensor) { return alias(tensor); });
     if (value.isGenerator()) {
       const at::Generator generator = value.toGenerator();
       return generator.device().type() == kType ? cpu_generator_of(generator) : generator;

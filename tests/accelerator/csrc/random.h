@@ -68,12 +68,20 @@ inline const at::Generator& cpu_generator_of(const at::Generator& generator) {
   return static_cast<GeneratorOnDevice*>(generator.unsafeGetGeneratorImpl())->cpu();
 }
 
+// Whether operators leave random numbers to the CPU's, which refuse a simulated device's generator,
+// as in backends that have none of their own.
+inline std::atomic<bool> draws_on_cpu = false;
+
 // Fused dropout takes no generator: it draws from its device's default one, as CUDA's does.
 inline std::tuple<at::Tensor, at::Tensor> native_dropout(const at::Tensor& input, double p,
                                                          std::optional<bool> train) {
   at::Tensor mask = at::empty_like(input, input.options().dtype(c10::kBool));
   if (train.has_value() && !*train) return {input.clone(), mask.fill_(true)};
-  mask.bernoulli_(1 - p, default_generator(input.device().index()));
+  if (draws_on_cpu) {
+    mask.copy_(at::empty_like(mask, c10::kCPU).bernoulli_(1 - p));
+  } else {
+    mask.bernoulli_(1 - p, default_generator(input.device().index()));
+  }
   return {input.mul(mask).mul_(p < 1 ? 1 / (1 - p) : 0), mask};
 }
 

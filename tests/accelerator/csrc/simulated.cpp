@@ -77,6 +77,7 @@ TORCH_LIBRARY(simulated, m) {
         [](int64_t index) { return default_generator(static_cast<c10::DeviceIndex>(index)); });
   m.def("copies() -> int[]", []() { return copies.rows(); });
   m.def("reset_copies() -> ()", []() { copies.reset(); });
+  m.def("draw_on_cpu(bool on) -> ()", [](bool on) { draws_on_cpu = on; });
   m.def("take_waits() -> int[]", []() { return waits.take(); });
   m.def("memory(int index) -> int[]", [](int64_t index) {
     return std::vector<int64_t>{live_bytes.at(index).load(), peak_bytes.at(index).load()};
