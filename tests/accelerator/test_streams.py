@@ -94,8 +94,9 @@ def test_the_stream_of_an_output_elsewhere_waits_for_those_that_gradients_come_f
     assert (("mine", output_device), ("mine", devices[0])) in waits
 
 
-def test_where_all_work_goes_to_one_stream_a_backward_waits_for_nothing(simulated: types.ModuleType) -> None:
-    _, wrapped = twins(mlp(), [0, 0])
+@pytest.mark.parametrize("devices", [[0, 0], [0, 1], [1, 0]])
+def test_on_default_streams_a_backward_waits_for_nothing(simulated: types.ModuleType, devices: list[int]) -> None:
+    _, wrapped = twins(mlp(), devices)
     loss = wrapped(rows(4)).sum()
     simulated.take_waits()
     loss.backward()

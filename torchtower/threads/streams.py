@@ -6,7 +6,8 @@ whoever joins their results or fetches their gradients does so too: on their dev
 from. So what one thread has enqueued comes before what another enqueues later, memory that one frees is used anew only
 after all reads of it, and no events are needed; copies between devices order both devices' current streams themselves.
 Where a backward ends, the streams of the thread that it was called in, or that the engine has it run in, must wait for
-them: the engine takes all that a node returns for the work of one stream, on the device of its first output.
+them: the engine takes all that a node returns for the work of one stream, on the device of its first output. Where all
+are default streams, whoever reads a gradient does so on the stream that it came from.
 """
 
 from __future__ import annotations
@@ -79,15 +80,16 @@ class _InOrder(_Current):
             _wait(stream, before)
 
     def __exit__(self, *error: object) -> None:
-        for before in self._before:
-            for stream in self._streams:
-                if before.device == stream.device or before.device in self._devices:
-                    _wait(before, stream)
+        if any([stream.stream_id for stream in (*self._before, *self._streams)]):  # not all are default streams
+            for before in self._before:
+                for stream in self._streams:
+                    if before.device == stream.device or before.device in self._devices:
+                        _wait(before, stream)
         super().__exit__(*error)
 
 
 def _wait(stream: torch.Stream, other: torch.Stream) -> None:
-    if stream != other:  # seldom, on one device
+    if stream != other:
         stream.wait_stream(other)
 
 
