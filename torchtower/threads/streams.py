@@ -80,12 +80,12 @@ class _InOrder(_Current):
             _wait(stream, before)
 
     def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         if any([stream.stream_id for stream in (*self._before, *self._streams)]):  # not all are default streams
             for before in self._before:
                 for stream in self._streams:
                     if before.device == stream.device or before.device in self._devices:
                         _wait(before, stream)
-        super().__exit__(*error)
 
 
 def _wait(stream: torch.Stream, other: torch.Stream) -> None:
