@@ -74,17 +74,18 @@ def streams_waited_for(simulated: types.ModuleType, devices: list[int], output_d
 
 
 @every_layout
-def test_after_a_backward_whose_outputs_are_on_the_cpu_its_caller_waits_for_the_forwards_streams(
+def test_a_backward_whose_outputs_are_on_the_cpu_comes_between_what_its_callers_streams_hold(
     simulated: types.ModuleType, devices: list[int]
 ) -> None:
     """There the engine knows no stream of the node's, and takes the caller's."""
     waits = streams_waited_for(simulated, devices, "cpu")
+    assert {(("mine", index), ("others", index)) for index in (0, 1)} <= waits
     main = ("others", devices[0])
     assert {(main, ("mine", index)) for index in (0, 1)} <= waits
     assert (("others", 1 - devices[0]), ("mine", 1 - devices[0])) in waits
 
 
-@every_layout
+@pytest.mark.parametrize("devices", [[0, 1], [1, 0], [0, 0]])
 def test_the_stream_of_an_output_elsewhere_waits_for_those_that_gradients_come_from(
     simulated: types.ModuleType, devices: list[int]
 ) -> None:

@@ -21,6 +21,7 @@ from tests.accelerator.towers import (
     seen_by_towers,
     twins,
 )
+from tests.containers import Elsewhere
 from tests.modules import OneLayer
 from torchtower import TowerParallel, current_tower
 
@@ -111,6 +112,17 @@ def test_one_device_alone_takes_a_losss_inputs_from_anywhere() -> None:
     loss = wrapped.tower_loss(lambda net, x, *, y: (net(x) - y).square().mean(), torch.ones(4, 3), y=torch.ones(4, 2))
     loss.backward()
     assert loss.device == device(1) and wrapped.module.weight.grad is not None
+
+
+@pytest.mark.parametrize("device_ids", [[0, 1], ["cpu", "cpu"]])
+@pytest.mark.parametrize("named", ["simulated", "simulated:5", "cuda:0"])
+def test_a_tensor_that_names_a_device_that_is_not_there_goes_along(named: str, device_ids: list[Any]) -> None:
+    class Leave(nn.Module):
+        def forward(self, x: Tensor, strange: Tensor) -> Tensor:
+            return x
+
+    wrapped = TowerParallel(Leave(), device_ids, output_device="cpu")
+    assert torch.equal(wrapped(rows(4), Elsewhere(torch.ones(4, 3), named)), rows(4))
 
 
 # ---- the caller's state

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.containers import AttributeDict, Data, FrozenData
+from tests.containers import AttributeDict, Data, Elsewhere, FrozenData
 from tests.helpers import (
     EVERY_COUNT,
     assert_close,
@@ -452,3 +452,10 @@ def test_integer_boolean_and_half_inputs_keep_their_dtype() -> None:
     out = wrap(Net(), 2)(*given)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(out, given, strict=True))
     assert seen == [[t.dtype for t in given]] * 2
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "xla:0", "mps"])
+def test_a_tensor_that_names_a_device_that_is_not_there_goes_along(device: str) -> None:
+    plain, wrapped = twins(OneLayer(), 2)
+    wrapped.module.register_forward_pre_hook(lambda module, args: args[0])
+    assert_close(wrapped(batch(4), Elsewhere(torch.ones(4, 3), device)), plain(batch(4)))

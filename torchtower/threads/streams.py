@@ -60,7 +60,7 @@ class _Current(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         self._index = torch.accelerator.current_device_index()
-        self._before = [torch.accelerator.current_stream(stream.device_index) for stream in self._streams]
+        self._before = _current_instead_of(self._streams)
         _make_current(self._streams, self._index)
 
     def __exit__(self, *error: object) -> None:
@@ -75,9 +75,9 @@ class _InOrder(_Current):
         self._devices = devices
 
     def __enter__(self) -> None:
-        super().__enter__()
-        for stream, before in zip(self._streams, self._before, strict=True):
+        for stream, before in zip(self._streams, _current_instead_of(self._streams), strict=True):
             _wait(stream, before)
+        super().__enter__()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -98,7 +98,15 @@ _as_it_is = nullcontext()
 
 @functools.cache
 def _indices(devices: frozenset[torch.device]) -> list[int]:
-    return sorted({device.index for device in devices if device.type not in ("cpu", "meta")})
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return []
+    there = range(torch.accelerator.device_count())  # a tensor may name any device, and lie on none
+    return sorted({device.index for device in devices if device.type == accelerator.type and device.index in there})
+
+
+def _current_instead_of(streams: list[torch.Stream]) -> list[torch.Stream]:
+    return [torch.accelerator.current_stream(stream.device_index) for stream in streams]
 
 
 def _make_current(streams: list[torch.Stream], device_index: int) -> None:
