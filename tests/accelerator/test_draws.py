@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, twins
 from torchtower import TowerParallel, current_tower
-from torchtower.threads import generators as threads_generators
 from torchtower.threads.generators import look_at_operators, real_states
 
 dropouts = pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def drawn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Operators leave random numbers to the CPU's, as torch_openreg's do, and take no generator of the device's own."""
     torch.ops.simulated.draw_on_cpu(True)
     look_at_operators.cache_clear()
-    monkeypatch.setattr(threads_generators, "_drawn_on_cpu", set())
+    monkeypatch.setattr("torchtower.threads.generators._drawn_on_cpu", set())
     yield
     torch.ops.simulated.draw_on_cpu(False)
     look_at_operators.cache_clear()

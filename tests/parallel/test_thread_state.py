@@ -310,6 +310,17 @@ def test_dispatch_modes_go_with_the_work_forward_and_backward() -> None:
         assert "aten::threshold_backward" in {name for t, name in mode.names if t == tower}
 
 
+@pytest.mark.parametrize("kind", [CountFunctions, CountDispatches])
+def test_a_mode_ends_in_towers_where_it_ends_for_the_caller(kind: Any) -> None:
+    wrapped = wrap(mlp(), 2)
+    with kind() as mode:
+        wrapped(batch(4))
+    assert {0, 1} <= {tower for tower, _ in mode.names}
+    mode.names.clear()
+    wrapped(batch(4))
+    assert not mode.names
+
+
 _variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
 
 
@@ -369,37 +380,6 @@ def test_deterministic_algorithms_and_matmul_precision_hold_in_towers() -> None:
         torch.use_deterministic_algorithms(False)
         torch.set_float32_matmul_precision(before)
     assert seen == [(True, "medium")] * 2
-
-
-class _SeeingDispatch(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int | None] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(current_tower())
-        return func(*args, **(kwargs or {}))
-
-
-class _SeeingFunctions(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[int | None] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.add(current_tower())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind", [_SeeingDispatch, _SeeingFunctions])
-def test_a_mode_ends_in_towers_where_it_ends_for_the_caller(kind: Any) -> None:
-    wrapped = wrap(mlp(), 2)
-    with kind() as mode:
-        wrapped(batch(4))
-    assert {0, 1} <= mode.seen
-    mode.seen.clear()
-    wrapped(batch(4))
-    assert not mode.seen
 
 
 def test_a_level_of_forward_mode_left_twice_in_a_tower_is_torchs_own_error() -> None:
