@@ -205,7 +205,7 @@ def test_a_backward_that_reaches_one_tower_alone_says_what_to_do() -> None:
 
     wrapped = wrap(convert_sync_batchnorm(Auxiliary()), 2)
     out = wrapped(torch.randn(6, 3))
-    with pytest.raises(RuntimeError, match=r"\[1\] of them finished without; .* return it as an output"):
+    with pytest.raises(RuntimeError, match=r"towers \[1\] finished without; .* return it as an output"):
         (out.sum() + wrapped.module.loss).backward()
 
 
@@ -234,7 +234,7 @@ def test_towers_that_meet_unequally_often_are_told() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if current_tower() == 1 else x + tower_sum(x.sum())
 
-    with pytest.raises(RuntimeError, match=r"tower_sum: expected every tower to come.*\[1\] of them"):
+    with pytest.raises(RuntimeError, match=r"tower_sum: expected every tower to come.*towers \[1\]"):
         wrap(Net(), 3)(batch(6))
 
 
@@ -249,6 +249,42 @@ def test_a_sum_over_towers_is_that_of_the_whole_batch_with_its_gradients(style: 
     for net in (plain, wrapped):
         loss_in(style, net, mean_of_squares_by, batch(7)).backward()
     assert_same_gradients(wrapped, plain)
+
+
+def _sum_of_all(x: Tensor) -> Tensor:
+    return tower_sum(x.square().sum(0)).sin().sum()
+
+
+TRANSFORMS = {
+    "grad": (torch.func.grad(_sum_of_all), 1),
+    "grad of grad": (torch.func.grad(lambda x: torch.func.grad(_sum_of_all)(x).square().sum()), 2),
+    "vmap": (torch.vmap(torch.func.grad(_sum_of_all), in_dims=1, out_dims=1), 1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_sum_over_towers_in_a_transform_of_torch_func_is_as_outside_of_it(name: str) -> None:
+    transformed, order = TRANSFORMS[name]
+
+    def by_autograd(x: Tensor) -> Tensor:
+        value = _sum_of_all(x)
+        for _ in range(order - 1):
+            value = torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
+        return torch.autograd.grad(value, x, create_graph=True)[0]
+
+    class Net(OneLayer):
+        derive = staticmethod(by_autograd)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.derive(self.fc(x))
+
+    outside, inside = wrap(Net().double(), 3), wrap(Net().double(), 3)
+    inside.module.load_state_dict(outside.module.state_dict())
+    inside.module.derive = transformed  # type: ignore[assignment]
+    for net in (outside, inside):
+        net(batch(7)).square().sum().backward()
+    torch.testing.assert_close(inside(batch(7)), outside(batch(7)), rtol=0, atol=0)
+    assert_same_gradients(inside, outside.module)
 
 
 def test_summands_that_differ_between_towers_are_named() -> None:

@@ -48,8 +48,8 @@ def average_gradients(tower_grads: Iterable[Iterable[Any]], weights: Sequence[fl
             shape than its variable; another layout or dtype than those above; some gradients on the meta device and
             others not; weights of the wrong number, negative, NaN, infinite or all zero. The message names tower and
             parameter.
-        TypeError: something that is neither a tensor nor None; a tower's bare tensor, which belongs into a list;
-            weights that are no sequence of real numbers.
+        TypeError: something that is neither a tensor nor None; a tower's bare tensor, which belongs into a list; tuples
+            that are no pairs, or pairs beside bare gradients; weights that are no sequence of real numbers.
 
     Example:
         >>> var = torch.zeros(2)
@@ -124,16 +124,24 @@ def normalized_weights(weights: Sequence[float] | None, num_towers: int, functio
 
 
 def _number(weight: Any, tower: int, function: str) -> float:
-    if type(weight) is float:
-        return weight
-    try:
-        number = weight.item() if hasattr(weight, "item") else weight  # a tensor's or an array's
-    except (RuntimeError, ValueError):  # several numbers, or none on the meta device
-        number = None
-    # float() would read text, too, and drop an imaginary part.
-    if not isinstance(number, Real):
+    number = real_number(weight)
+    if number is None:
         got = _tell(weight) if isinstance(weight, Tensor) else f"of type {type(weight).__name__}"
         raise TypeError(f"{function}: expected weights to be real numbers, but tower {tower}'s is {got}")
+    return number
+
+
+def real_number(value: Any) -> float | None:
+    """A real number, a tensor's or an array's of one element too; None of anything else."""
+    if type(value) is float:
+        return value
+    try:
+        number = value.item() if hasattr(value, "item") else value
+    except (RuntimeError, ValueError):  # several numbers, or none on the meta device
+        return None
+    # float() would read text, too, and drop an imaginary part.
+    if not isinstance(number, Real):
+        return None
     try:
         return float(number)
     except OverflowError:

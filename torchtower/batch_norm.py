@@ -54,14 +54,13 @@ class _TowerSum(torch.autograd.Function):
     # comes back to this tower is other towers' loss, too: weighted as theirs, and by this tower's weight undone. That
     # is linear again; its own backward, in the same unweighted terms, is the plain sum.
     @staticmethod
-    def forward(ctx: Any, value: Tensor, weighted: bool) -> Tensor:
+    def forward(value: Tensor, weighted: bool) -> Tensor:  # apart from its context, as torch.func asks
         if has_turn():
             raise RuntimeError(
                 "tower_sum: expected to be called (as by a synchronised BatchNorm) outside of forward-mode "
                 "differentiation, which one tower does at a time"
             )
         weight = weight_of_tower() if weighted else None
-        ctx.weighted = weight is not None
         first, *others = exchange(value.detach() if weight in (None, 1) else value.detach() * weight)
         total: Tensor = first.to(value.device, copy=True)
         for tower, other in enumerate(others, 1):
@@ -72,6 +71,14 @@ class _TowerSum(torch.autograd.Function):
                 )
             total += other.to(value.device)
         return total / weight if weight else total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
+        ctx.weighted = inputs[1] and weight_of_tower() is not None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], value: Tensor, weighted: bool) -> Any:
+        return _TowerSum.apply(value, weighted), in_dims[0]  # type: ignore[no-untyped-call]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.averaging import normalized_weights
+from torchtower.averaging import normalized_weights, real_number
 from torchtower.batch_norm import silenced
 from torchtower.bridge.graphs import leaves_of
 from torchtower.bridge.ports import Port
 from torchtower.forward_result import ForwardResult
 
 
-def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
-    """The loss, 0-d, and its weight as given or None.
+def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, float | None]:
+    """The loss, 0-d, and its weight, None where none is given.
 
     Raises:
-        ValueError: ``output`` is no floating tensor of one element, nor such a loss and a weight.
-        TypeError: the weight is a tensor of several elements, or of none.
+        ValueError: ``output`` is no floating tensor of one element, nor such a loss and a second value.
+        TypeError: the second value is no number, nor a tensor or array of one.
     """
     loss, weight = output if isinstance(output, (tuple, list)) and len(output) == 2 else (output, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not (loss.is_floating_point() or loss.is_complex()):
@@ -32,16 +32,18 @@ def loss_and_weight(output: Any, tower: int) -> tuple[Tensor, Any]:
             "TowerParallel.tower_loss: expected loss_fn to return a floating tensor of one element, or such a loss and "
             f"its weight, but tower {tower}'s returned {got}"
         )
-    if isinstance(weight, Tensor) and weight.numel() != 1:
+    number = None if weight is None else real_number(weight)
+    if weight is not None and number is None:
+        shape = f" of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
         raise TypeError(
             "TowerParallel.tower_loss: expected the second value that loss_fn returns to be a number, the tower's "
-            f"weight in the mean over towers, but tower {tower}'s is a tensor of shape {tuple(weight.shape)}; return "
-            "the loss alone, and keep what else is wanted in a list"
+            f"weight in the mean over towers, but tower {tower}'s is a {type(weight).__name__}{shape}; return the loss "
+            "alone, and put what else is wanted into a dict of yours by torchtower.current_tower()"
         )
-    return loss.reshape(()) if loss.dim() else loss, weight  # a view would cost the graph a node more
+    return loss.reshape(()) if loss.dim() else loss, number  # a view would cost the graph a node more
 
 
-def check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
+def check_alike(pairs: list[tuple[Tensor, float | None]]) -> None:
     """See that the towers' losses and weights can be averaged.
 
     Raises:
@@ -61,7 +63,7 @@ def check_alike(pairs: list[tuple[Tensor, Any]]) -> None:
             )
 
 
-def mean_over_towers(result: ForwardResult, pairs: list[tuple[Tensor, Any]], device: torch.device) -> Tensor:
+def mean_over_towers(result: ForwardResult, pairs: list[tuple[Tensor, float | None]], device: torch.device) -> Tensor:
     """The towers' losses averaged, in the user's graph: by their weights, or by rows where they have none.
 
     Args:

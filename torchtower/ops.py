@@ -32,7 +32,7 @@ def tower_mean_(out: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequenc
             16 bits. Any strides without overlap. May be one of its own parameter's gradients, whole.
         grads: tower-major: all parameters of tower 0, then of tower 1, on one device.
         weights: one for each tower, raw: at least 0, not all 0, at most float32's largest number. They are rounded
-            to float32 where gradients are not of 64 bits.
+            to float32 but where gradients are float64 or complex128.
 
     Shape:
         ``grads[tower * len(out) + parameter]`` has the shape of ``out[parameter]``; so the tower dimension

@@ -67,9 +67,10 @@ class TowerParallel(Steps[Module]):
         tower_losses: each tower's loss of the last `tower_loss`.
 
     Raises:
-        ValueError: devices that do not exist or differ in type; parameters on another device than the main tower's
-            (at the first call); an unknown ``buffers`` policy.
-        TypeError: ``module`` is none; ``dim`` or ``max_concurrency`` is no int.
+        ValueError: devices that do not exist or differ in type; ``max_concurrency`` below 1; an unknown ``buffers``
+            policy; at the first call parameters on another device than the main tower's, lazy or sparse ones.
+        TypeError: ``module`` is none; ``device_ids`` lists something else than devices, or is a number; ``dim`` or
+            ``max_concurrency`` is no int; a subclass overrides ``replicate`` or ``parallel_apply`` alone.
         RuntimeError: CUDA towers without the CUDA kernels built in.
 
     Example:
@@ -93,9 +94,10 @@ class TowerParallel(Steps[Module]):
     ) -> None:
         nn.Module.__init__(self)
         if not isinstance(module, nn.Module):
-            raise TypeError(f"TowerParallel: expected an nn.Module, but got {type(module).__name__}")
+            got = f"the class {module.__name__}; make one" if isinstance(module, type) else type(module).__name__
+            raise TypeError(f"TowerParallel: expected an nn.Module, but got {got}")
         for name, value in (("dim", dim), ("max_concurrency", 1 if max_concurrency is None else max_concurrency)):
-            if not isinstance(value, int):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"TowerParallel: expected {name} to be an int, but got {value!r}")
         if max_concurrency is not None and max_concurrency < 1:
             raise ValueError(f"TowerParallel: expected max_concurrency of at least 1, but got {max_concurrency}")
@@ -155,7 +157,9 @@ class TowerParallel(Steps[Module]):
 
         Raises:
             Exception: what a tower raised; its words name the tower and its device.
-            ValueError: the towers' outputs differ in structure.
+            ValueError: a sparse or nested tensor or a PackedSequence among the inputs; outputs that differ in
+                structure between towers, or cannot be joined along ``dim``.
+            TypeError: an output that holds tensors and cannot be joined (a distribution, a PackedSequence).
         """
         if self._is_alone():
             return self._forward_alone(inputs, kwargs)
@@ -229,7 +233,8 @@ class TowerParallel(Steps[Module]):
         Args:
             loss_fn: called as ``loss_fn(replica, *shard, **shard_kwargs)`` in every tower's thread, with that tower's
                 replica of ``module``, which it must use in place of ``module`` and its parameters. Returns the tower's
-                loss, a tensor of one element, or ``(loss, weight)`` where rows are not the right weight (tokens, say).
+                loss, a tensor of one element, or ``(loss, weight)`` where rows are not the right weight (tokens, say);
+                never ``(loss, accuracy)``. A tower of weight 0 is left out, even if its loss is not finite.
             *batch: split as `forward` splits its inputs.
             **kwargs: likewise.
 
@@ -245,7 +250,7 @@ class TowerParallel(Steps[Module]):
             ValueError: a loss that is not floating or has not one element; losses of several dtypes; weights negative,
                 NaN, infinite or all zero; at the first call of ``loss_fn`` that builds a graph, a loss that depends on
                 the module's own parameters.
-            TypeError: ``loss_fn`` is not callable; a weight that is no real number.
+            TypeError: ``loss_fn`` is not callable; a second value that is no real number.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])

@@ -73,10 +73,12 @@ def test_bad_results_of_a_loss_function_are_named(output: Any, words: str) -> No
         wrap(mlp(), 3).tower_loss(lambda net, x: output(x), batch(6))
 
 
-@pytest.mark.parametrize("weight", ["2", 1j, [1.0]])
-def test_a_weight_that_is_no_number_is_named(weight: Any) -> None:
-    with pytest.raises(TypeError, match=r"TowerParallel\.tower_loss: expected weights to be real.*tower 0's is"):
-        wrap(mlp(), 2).tower_loss(lambda net, x: (net(x).sum(), weight), batch(4))
+@pytest.mark.parametrize("num_towers", [1, 2])
+@pytest.mark.parametrize("weight", ["2", 1j, [1.0], {"hits": 3}])
+def test_a_second_value_that_is_no_number_is_named(weight: Any, num_towers: int) -> None:
+    words = rf"the tower's weight.*tower 0's is a {type(weight).__name__}; return the loss alone.*current_tower"
+    with pytest.raises(TypeError, match=rf"^TowerParallel\.tower_loss: expected .*{words}"):
+        wrap(mlp(), num_towers).tower_loss(lambda net, x: (net(x).sum(), weight), batch(4))
 
 
 @pytest.mark.parametrize("num_towers", [1, 2])
@@ -116,6 +118,8 @@ def test_an_output_without_the_dimension_to_join_along_is_named() -> None:
         ({"output_device": 0}, ValueError, "expected output_device among .* there is no accelerator; the CPU is 'cpu'"),
         ({"max_concurrency": 0}, ValueError, "max_concurrency"),
         ({"max_concurrency": 1.5}, TypeError, "expected max_concurrency to be an int, but got 1.5"),
+        ({"max_concurrency": True}, TypeError, "expected max_concurrency to be an int, but got True"),
+        ({"dim": True}, TypeError, "expected dim to be an int, but got True"),
         ({"dim": "a"}, TypeError, "expected dim to be an int, but got 'a'"),
     ],
 )
@@ -133,6 +137,8 @@ def test_an_unknown_buffers_policy_is_refused() -> None:
 def test_something_that_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"TowerParallel: expected an nn\.Module, but got function"):
         TowerParallel(lambda x: x, ["cpu"])
+    with pytest.raises(TypeError, match=r"but got the class Linear; make one"):
+        TowerParallel(nn.Linear, ["cpu"])
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])  # the second is nn.DataParallel's, and so are the words
@@ -207,7 +213,7 @@ def test_a_second_value_that_cannot_be_a_weight_is_named() -> None:
         out = replica(x)
         return out.square().mean(), out
 
-    with pytest.raises(TypeError, match=r"the tower's weight.*tower 0's is a tensor of shape \(4, \d\); return the"):
+    with pytest.raises(TypeError, match=r"the tower's weight.*tower 0's is a Tensor of shape \(4, \d\); return the"):
         wrapped.tower_loss(loss_and_output, batch(8))
 
 

@@ -65,7 +65,7 @@ def test_one_device_serves_all_towers():
 )
 def test_towers_take_turns_on_the_machines_devices(monkeypatch, found, towers, expected):
     devices = [torch.device(name) for name in found]
-    monkeypatch.setattr("torchtower.training.options.parse_device_ids", lambda names, function: devices)
+    monkeypatch.setattr("torchtower.training.options.parse_device_ids", lambda names, *words: devices)
     said = {} if towers is None else {"towers": towers}
     assert list(new_options(said).devices) == expected
 

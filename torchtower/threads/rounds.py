@@ -192,7 +192,7 @@ class Round:
                 missing = sorted(self._begun.keys() - {arrival.tower_index for arrival in waiting})
                 hint = "" if self.weights is None else _IN_BACKWARD
                 answer = DesertedError(
-                    f"tower_sum: expected every tower to come, as in a synchronised BatchNorm, but {missing} of them "
+                    f"tower_sum: expected every tower to come, as in a synchronised BatchNorm, but towers {missing} "
                     f"finished without{hint}"
                 )
             self.has_met = True

@@ -130,7 +130,7 @@ def continued_options(said: Mapping[str, Any], saved: object, path: Path) -> Opt
 def _choose_devices(towers: int | None, devices: tuple[str, ...] | None) -> tuple[str, ...]:
     """Name each tower's device; by default all accelerators take turns, or the CPU has all."""
     try:
-        found = tuple(str(device) for device in parse_device_ids(devices, "--devices"))
+        found = tuple(str(device) for device in parse_device_ids(devices, "--devices", "devices"))
     except ValueError as error:
         raise BadInput(str(error)) from error
     if devices is None or len(devices) == 1:
