@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.programs import passes
 from torchtower import TowerParallel, convert_sync_batchnorm
 
 pytestmark = pytest.mark.needs_cuda
@@ -160,6 +161,27 @@ def test_fused_attention_drops_out_by_itself_and_a_seed_repeats_it(devices: list
         outputs.append(wrapped(x))
     assert torch.equal(*outputs)
     assert all(not torch.equal(outputs[0][0], other) for other in outputs[0][1:])
+
+
+@every_layout
+def test_the_first_attention_of_a_process_takes_the_kernel_that_later_ones_take(devices: list[int]) -> None:
+    if max(devices) >= torch.cuda.device_count():
+        pytest.skip(f"needs {max(devices) + 1} CUDA devices")
+    passes(f"""
+import torch.nn.functional as F
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+model = TowerParallel(Attention(), {devices})
+x = torch.randn(1, 4, 64, 32, device="cuda", dtype=torch.float16).expand({len(devices)}, -1, -1, -1)
+outputs = []
+for _ in range(3):
+    torch.manual_seed(3)
+    outputs.append(model(x))
+assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+""")
 
 
 @every_layout

@@ -22,6 +22,7 @@ import torch
 
 from torchtower.threads.cores import available_cores, send_team_home
 from torchtower.threads.engine import empty_queue, make_last_node, wait_for_engine
+from torchtower.threads.first_calls import settle_first_calls
 from torchtower.threads.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.threads.generators import Seeds, TowerGenerators
 from torchtower.threads.heap import keep_freed_memory
@@ -154,8 +155,7 @@ class TowerPool:
 
     def _started(self) -> list[_TowerThread]:
         if not self._threads:
-            # In a forked child the first to need torch's engine makes it anew, which two towers at once would crash in.
-            torch.autograd._is_checkpoint_valid()
+            settle_first_calls(self.devices)
             own = torch.get_num_threads()
             share = self._intra_op_threads or 1
             threads = [_TowerThread(index, device, share) for index, device in enumerate(self.devices)]
