@@ -66,7 +66,7 @@ class ForwardResult:
 
     @property
     def has_overwritten(self) -> bool:
-        """Whether towers have written into inputs that need gradients."""
+        """Whether towers have written into the batch with autograd on."""
         return bool(self._shards.overwritten())
 
     @property
@@ -77,10 +77,9 @@ class ForwardResult:
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph; takes over what the main tower wrote."""
         plan, shards = self._plan, self._shards
-        left_behind = LeftBehind(self._original, self._replicas, self._leaves)
+        left_behind = LeftBehind(self._original, self._replicas, self._leaves, shards.filled)
         overwritten = shards.overwritten()
-        written = [(shards.ports[index].written(), parts) for index, parts in overwritten]
-        more = left_behind.columns(len(outputs)) + written
+        more = left_behind.columns(len(outputs)) + [(port, parts) for _, port, parts in overwritten]
         all_ports = [*ports, *[port for port, _ in more]]
         local_outputs = [[*own, *[parts[tower] for _, parts in more]] for tower, own in enumerate(outputs)]
         # The bridge keeps hold of what they were: the user, too, may write into them before a double backward.
@@ -90,8 +89,8 @@ class ForwardResult:
         family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn, self._call)
         values = connect_outputs(family, inputs, all_ports, local_outputs)
         begin, end = len(ports), len(all_ports) - len(overwritten)
-        for (index, _), value in zip(overwritten, values[end:], strict=True):
-            _overwrite(shards.main_inputs[index], value)
+        for (tensor, _, _), value in zip(overwritten, values[end:], strict=True):
+            _overwrite(tensor, value)
         self._note_written(left_behind.put(values[begin:end]))
         return values[:begin]
 
@@ -153,5 +152,6 @@ def _overwrite(tensor: Tensor, value: Grad) -> None:
     """Let the caller's tensor be in the graph where the towers wrote into it, as in the plain module."""
     assert value is not None
     autograd: Any = torch.autograd
-    with autograd._unsafe_preserve_version_counter(tensor):  # the write has been counted already
+    counter = autograd._unsafe_preserve_version_counter(tensor)  # the write has been counted already
+    with counter, torch.set_grad_enabled(value.requires_grad):
         tensor.copy_(value)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchtower.batches.nested import map_tensors, tensors_in
 from torchtower.batches.scatter import plan_splits, size_along
 from torchtower.bridge.aliases import Aliases
-from torchtower.bridge.graphs import is_untouched, writable
+from torchtower.bridge.graphs import graph_of, is_untouched, writable
 from torchtower.bridge.local_backward import NO_LEAF
 from torchtower.bridge.ports import Port
 from torchtower.devices import move
@@ -87,12 +87,13 @@ class Shards:
         self.tensors = tensors
         self.devices = {tensor.device for tensor in tensors}  # on which they lie
         self.main_inputs: list[Tensor] = []
+        self.filled: list[Any] = []  # of the batch's containers those that a forward has put something into
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
         self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
-        self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what needs gradients, by its port
+        self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what each tower got for a tensor, by its id
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
         for tensor in self.tensors:
             if id(tensor) not in self._parts:
@@ -104,11 +105,12 @@ class Shards:
     def _add_input(self, tensor: Tensor, parts: list[Tensor] | None) -> None:
         self._port_of[id(tensor)] = len(self.ports)
         self.main_inputs.append(tensor)
+        self.ports.append(self._port(tensor, parts))
+
+    def _port(self, tensor: Tensor, parts: list[Tensor] | None) -> Port:
         if parts is None or self._dim is None:
-            self.ports.append(Port("shared", tensor.device))
-        else:
-            sizes = tuple(part.shape[self._dim] for part in parts)
-            self.ports.append(Port("rows", tensor.device, sizes, self._dim))
+            return Port("shared", tensor.device)
+        return Port("rows", tensor.device, tuple(part.shape[self._dim] for part in parts), self._dim)
 
     def take(self, tower: int, device: torch.device, translate: Callable[[Any], Any]) -> tuple[Any, list[Tensor]]:
         """Tower ``tower``'s shard on its device.
@@ -122,7 +124,7 @@ class Shards:
             The shard, and its leaves in the order of `ports`.
         """
         leaves = [NO_LEAF] * len(self.ports)
-        taken: dict[int, Tensor] = {}
+        taken = self._handed[tower]
 
         def take_tensor(tensor: Tensor) -> Tensor:
             key = id(tensor)
@@ -138,7 +140,7 @@ class Shards:
                         self._moved.append((key, parts[tower], part))
                 if (port := self._port_of.get(key)) is not None:
                     leaves[port] = part.requires_grad_()
-                    part = self._handed[tower][port] = writable(part)
+                    part = writable(part)
                 taken[key] = part
             return taken[key]
 
@@ -164,17 +166,21 @@ class Shards:
         ]
         return f"along dimension {dim}: {', '.join(told[:_MOST_TOLD])}" if told else ""
 
-    def overwritten(self) -> list[tuple[int, list[Tensor | None]]]:
-        """Of which `ports` a forward has written into the batch, with autograd on; and what each tower has there now.
+    def overwritten(self) -> list[tuple[Tensor, Port, list[Tensor | None]]]:
+        """Which of the batch's tensors a forward has written into, with autograd on; what each tower has there now.
 
         Of tensors that every one of several towers has whole none is told: no tower's graph knows of all writes.
         """
-        found: list[tuple[int, list[Tensor | None]]] = []
-        for index, (port, tensor) in enumerate(zip(self.ports, self.main_inputs, strict=True)):
-            if id(tensor) in self._aliased and (port.kind == "rows" or len(self._handed) == 1):
-                parts = [handed.get(index) for handed in self._handed]
-                if not all(part is None or is_untouched(part) for part in parts):
-                    found.append((index, parts))
+        found: list[tuple[Tensor, Port, list[Tensor | None]]] = []
+        for key, tensor in {id(tensor): tensor for tensor in self.tensors}.items():
+            if key not in self._aliased:
+                continue
+            handed = [taken.get(key) for taken in self._handed]
+            is_as_it_was = is_untouched if key in self._port_of else _has_no_graph
+            if not all(part is None or is_as_it_was(part) for part in handed):
+                port = self._port(tensor, self._parts[key])
+                if port.kind == "rows" or len(handed) == 1:
+                    found.append((tensor, port.written(), handed))
         return found
 
     def pass_on_contents(self) -> None:
@@ -182,6 +188,7 @@ class Shards:
         for _, pairs in sorted(self._empty.items()):
             for container, own in filter(itemgetter(1), pairs):
                 (container.update if isinstance(container, MutableMapping) else container.extend)(own)
+                self.filled.append(container)
 
     def pass_on_writes(self) -> None:
         """Let the tensors that a forward wrote into be as the plain module's forward would have left them.
@@ -200,3 +207,7 @@ class Shards:
         """What the towers' graphs may have saved of the batch itself, as it is now."""
         split = [tensor for tensor in self.tensors if id(tensor) in self._aliased and not tensor.is_inference()]
         return Aliases([(tensor.detach(), parts) for tensor in split if (parts := self._parts[id(tensor)]) is not None])
+
+
+def _has_no_graph(tensor: Tensor) -> bool:
+    return graph_of(tensor) is None

@@ -309,3 +309,20 @@ def test_an_error_without_words_names_its_tower_in_a_note() -> None:
     with pytest.raises(ValueError) as caught:
         wrap(Net(), 2)(batch(4))
     assert "in tower 0 on device cpu" in caught.value.__notes__
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_tower_that_cannot_begin_is_named_and_the_next_call_works(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, wrapped = twins(mlp(), 2)
+
+    def make_last_node() -> None:
+        if threading.current_thread().name == f"torchtower tower {failing}":
+            raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torchtower.threads.workers.make_last_node", make_last_node)
+        with pytest.raises(torch.OutOfMemoryError, match=rf"no memory left \(in tower {failing} on device cpu\)"):
+            wrapped(batch(4))
+    assert_go_backward_alike(plain, wrapped, batch(4))

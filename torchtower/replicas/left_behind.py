@@ -1,7 +1,7 @@
-"""What towers leave behind beside their outputs: in attributes of the module, and where hooks keep it.
+"""What towers leave behind beside their outputs: in attributes of the module, where hooks keep it, in arguments.
 
-Of attributes the main tower's are kept, of what hooks keep every tower's. What has a graph crosses the bridge like an
-output of its tower, and it is what came out there that the user finds in its place.
+Of attributes the main tower's are kept, of what hooks keep and of what is put into an argument every tower's. What has
+a graph crosses the bridge like an output of its tower, and it is what came out there that the user finds in its place.
 
 Note [Writes with a graph]
 A forward may write in place, with autograd on, into what an attribute held before (``self.aux += loss``). The memory is
@@ -24,7 +24,7 @@ from torchtower.bridge.ports import Port
 from torchtower.parts import container_of, tensors_within
 from torchtower.reduction import Grad
 from torchtower.replicas.original import Original
-from torchtower.replicas.outside import Slot, put_connected
+from torchtower.replicas.outside import Slot, kept_in, put_connected
 from torchtower.replicas.places import Written
 from torchtower.replicas.replicate import Replica
 
@@ -36,13 +36,16 @@ class LeftBehind:
         original: what the replicas follow.
         replicas: one a tower.
         leaves: the shards' leaves, tower-major.
+        filled: lists and dicts of the caller's that a forward was given and has put something into.
     """
 
-    def __init__(self, original: Original, replicas: Sequence[Replica], leaves: list[list[Tensor]]) -> None:
+    def __init__(
+        self, original: Original, replicas: Sequence[Replica], leaves: list[list[Tensor]], filled: Sequence[Any]
+    ) -> None:
         self._original = original
         self._main = replicas[0]
         self._written = self._main.take_written()
-        self._kept = _kept_outside(original, replicas, leaves)
+        self._kept = _kept_outside(original, replicas, leaves, filled)
         self._turned = with_new_graph(self._main)
         links = _written_links(self._main)
         self._overwritten = [*[(base, base) for base in _bases(self._turned)], *links]
@@ -169,10 +172,10 @@ def _write_to_original(main: Replica, written: list[Written], connected: list[tu
 
 
 def _kept_outside(
-    original: Original, replicas: Sequence[Replica], leaves: list[list[Tensor]]
+    original: Original, replicas: Sequence[Replica], leaves: list[list[Tensor]], filled: Sequence[Any]
 ) -> list[tuple[Slot, int, list[Tensor]]]:
-    """What hooks have kept outside of the module: where, of which tower, which tensors."""
-    found = original.outside.new()
+    """What was kept outside of the module, by hooks or in arguments: where, of which tower, which tensors."""
+    found = original.outside.new() + (kept_in(filled) if filled else [])
     if not found:
         return []
     tower_of = {

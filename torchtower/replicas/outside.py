@@ -1,8 +1,8 @@
-"""Activations that a module's hooks keep outside of it: in what they close over, in objects, in global names.
+"""Activations that are kept outside of a module: by its hooks, in what they close over, in objects, in global names.
 
-A feature extractor's hook appends every output to a list of the user's, which all towers share. What it holds after a
-forward belongs to the towers' local graphs; it is exchanged for tensors in the user's graph, so that a loss over
-activations reaches the parameters as it does in the plain module.
+And by its forward, in a list or dict that it is given. A feature extractor's hook appends every output to a list of the
+user's, which all towers share. What it holds after a forward belongs to the towers' local graphs; it is exchanged for
+tensors in the user's graph, so that a loss over activations reaches the parameters as it does in the plain module.
 """
 
 from __future__ import annotations
@@ -111,6 +111,13 @@ class Outside:
             if new:
                 found.append((slot, new))
         return found
+
+
+def kept_in(containers: Sequence[Any]) -> list[tuple[Slot, list[Tensor]]]:
+    """Where in these are tensors with a graph, and which; they were empty before."""
+    holders = [holder for container in containers if (holder := _holder_in(container)) is not None]
+    slots = [slot for holder in holders for slot in _slots(holder)]
+    return list(_kept_in(slots, set(map(id, holders)), sys.maxsize))
 
 
 def put_connected(slots: Sequence[Slot], connected: dict[int, Tensor]) -> None:

@@ -238,7 +238,7 @@ class Round:
         tower = min(self.errors, key=lambda t: (isinstance(self.errors[t], DesertedError), t))
         error = self.errors[tower]
         self.errors.clear()
-        _add_words(error, f"{tower} on device {devices[tower]}")
+        name_tower(error, f"{tower} on device {devices[tower]}")
         return error
 
 
@@ -248,7 +248,8 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
-def _add_words(error: BaseException, tower: str) -> None:
+def name_tower(error: BaseException, tower: str) -> None:
+    """Add to an error's words which tower it comes from, once."""
     words = f"in tower {tower}"
     with suppress(Exception):  # of one that cannot be added to, or has no words (a __str__ that fails): raised as it is
         text = str(error)

@@ -26,7 +26,7 @@ from torchtower.threads.first_calls import settle_first_calls
 from torchtower.threads.forward_mode import give_back_turn, leave_levels, take_turns_in_forward_mode
 from torchtower.threads.generators import Seeds, TowerGenerators
 from torchtower.threads.heap import keep_freed_memory
-from torchtower.threads.rounds import Round, become_tower
+from torchtower.threads.rounds import Round, become_tower, name_tower
 from torchtower.threads.streams import Streams
 from torchtower.threads.thread_state import ThreadState, has_levels, without_parametrization_cache
 from torchtower.threads.tower_random import draw_from, intercept_draws
@@ -196,7 +196,9 @@ class _TowerThread:
 
     def __init__(self, tower_index: int, device: torch.device, intra_op_threads: int) -> None:
         self.inbox: SimpleQueue[Round | None] = SimpleQueue()
-        self._ready: SimpleQueue[None] = SimpleQueue()  # unlike an Event whole again if a signal breaks off the waiting
+        # Unlike an Event whole again if a signal breaks off the waiting; holds what went wrong.
+        self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._name = f"{tower_index} on device {device}"
         self._thread = threading.Thread(
             target=_work,
             args=(self.inbox, tower_index, device, intra_op_threads, self._ready),
@@ -207,7 +209,12 @@ class _TowerThread:
     def start(self) -> None:
         """Start, and wait until the thread is ready for work."""
         self._thread.start()
-        self._ready.get()
+        if (error := self._ready.get()) is not None:  # its device has no memory left, say
+            name_tower(error, self._name)
+            try:
+                raise error
+            finally:  # its traceback holds this frame
+                del error
 
     def is_current(self) -> bool:
         """Whether this very thread asks."""
@@ -232,19 +239,13 @@ def _work(
     tower_index: int,
     device: torch.device,
     intra_op_threads: int,
-    ready: SimpleQueue[None],
+    ready: SimpleQueue[BaseException | None],
 ) -> None:
-    become_tower(tower_index)
-    torch.get_num_threads()  # a thread's lazy initialisation would undo the next line later
-    torch.set_num_threads(intra_op_threads)
-    # A bridge's node runs in the engine's thread of the main device and waits there for the towers: what a tower sends
-    # backward, in its own backward or within a forward, would wait for that very thread.
-    torch.autograd.set_multithreading_enabled(False)
-    make_last_node()
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device.index)
-        # cuBLAS warns where it is the first in its thread to use a GPU that other threads have been using.
-        torch.zeros(1, device=device)
+    try:
+        _prepare(tower_index, device, intra_op_threads)
+    except BaseException as error:
+        ready.put(error)
+        return
     ready.put(None)
     round_: Round | None = None
     # What breaks into a round may come when the job is done, here: the round is finished then, and one goes on. Twice,
@@ -262,6 +263,20 @@ def _work(
                     continue
         except BaseException:
             continue
+
+
+def _prepare(tower_index: int, device: torch.device, intra_op_threads: int) -> None:
+    become_tower(tower_index)
+    torch.get_num_threads()  # a thread's lazy initialisation would undo the next line later
+    torch.set_num_threads(intra_op_threads)
+    # A bridge's node runs in the engine's thread of the main device and waits there for the towers: what a tower sends
+    # backward, in its own backward or within a forward, would wait for that very thread.
+    torch.autograd.set_multithreading_enabled(False)
+    make_last_node()
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+        # cuBLAS warns where it is the first in its thread to use a GPU that other threads have been using.
+        torch.zeros(1, device=device)
 
 
 def is_held_here(lock: Any) -> bool:

@@ -1,0 +1,154 @@
+"""What a forward leaves, with a graph, in what it is given: in tensors that it writes into, in lists and dicts."""
+
+from __future__ import annotations
+
+from collections import UserDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, twins
+from tests.modules import OneLayer
+
+Write = Callable[[Tensor, Tensor], Any]
+
+
+class Writing(OneLayer):
+    """Writes what it computes into a tensor that it is given, however deep it stands in there."""
+
+    def __init__(self, write: Write) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor, target: Any) -> Tensor:
+        out: Tensor = self.fc(x)
+        self.write(target["scores"][0] if isinstance(target, dict) else target, out)
+        return out.tanh()
+
+
+def _fill_a_column(target: Tensor, out: Tensor) -> None:
+    target[:, 0] = out[:, 1]
+
+
+WRITES: dict[str, Write] = {
+    "copy_": lambda target, out: target.copy_(out),
+    "add_": lambda target, out: target.add_(out),
+    "twice": lambda target, out: target.add_(out).mul_(out),
+    "a column": _fill_a_column,
+    "a view": lambda target, out: target.t()[1:].copy_(out.t()[1:]),
+}
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["alone", "nested"])
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_is_written_into_a_tensor_without_grad_leads_to_the_parameters(
+    num_towers: int, name: str, deep: bool
+) -> None:
+    plain, wrapped = twins(Writing(WRITES[name]), num_towers)
+    for rows in (7, 1):
+        targets = []
+        for net in (plain, wrapped):
+            target = batch(rows, 2, seed=3)
+            out = net(batch(rows), {"scores": [target]} if deep else target)
+            assert target.requires_grad and target._version
+            (out.sum() + target.square().sum()).backward()
+            targets.append(target)
+        assert_close(targets[1], targets[0])
+        assert_same_gradients(wrapped, plain)
+
+
+def test_a_tensor_that_is_written_into_again_and_again_goes_on_from_what_it_was() -> None:
+    plain, wrapped = twins(Writing(lambda target, out: target.add_(out)), 3)
+    losses = []
+    for net in (plain, wrapped):
+        target = torch.zeros(7, 2, dtype=torch.float64)
+        for seed in range(3):
+            net(batch(7, seed=seed), target)
+        losses.append(target.pow(3).sum())
+        losses[-1].backward()
+    assert_close(losses[1], losses[0])
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_write_without_autograd_leaves_the_tensor_without_a_graph() -> None:
+    _, wrapped = twins(Writing(lambda target, out: target.copy_(out.detach())), 2)
+    target = batch(5, 2)
+    out = wrapped(batch(5), target)
+    assert not target.requires_grad
+    assert_close(target.tanh(), out.detach())
+
+
+class Collecting(OneLayer):
+    """Puts what it computes into a list or dict that it is given."""
+
+    def forward(self, x: Tensor, kept: Any) -> Tensor:
+        out: Tensor = self.fc(x)
+        if isinstance(kept, (list, deque)):
+            kept.append((out.square().sum(), out))
+            kept.append([out.exp()])
+        else:
+            kept["main"] = out.square().sum() if x.shape[0] else out
+        return out
+
+
+def loss_of(kept: list[Any]) -> Tensor:
+    sums = [part[0] if isinstance(part, tuple) else part[0].sum() for part in kept]
+    return torch.stack(sums).sum() + sum(part[1].sin().sum() for part in kept if isinstance(part, tuple))
+
+
+@pytest.mark.parametrize("order", ["kept alone", "both at once", "kept first", "kept last"])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_what_is_put_into_a_list_leads_to_the_parameters(num_towers: int, order: str) -> None:
+    plain, wrapped = twins(Collecting(), num_towers)
+    inputs = []
+    for net in (plain, wrapped):
+        kept: list[Any] = []
+        x = batch(7).requires_grad_()
+        out = net(x, kept)
+        losses = {"kept": loss_of(kept), "out": out.pow(3).sum()}
+        if order == "kept alone":
+            losses["kept"].backward()
+        elif order == "both at once":
+            (losses["kept"] + losses["out"]).backward()
+        else:
+            first, second = ("kept", "out") if order == "kept first" else ("out", "kept")
+            losses[first].backward(retain_graph=True)
+            losses[second].backward()
+        inputs.append(x)
+    assert_same_gradients(wrapped, plain)
+    assert_close(inputs[1].grad, inputs[0].grad)
+    wrapped(batch(7), [])  # no gradient was lost
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_what_is_put_into_a_dict_is_the_last_towers_and_leads_to_the_parameters(num_towers: int, kind: Any) -> None:
+    plain, wrapped = twins(Collecting(), num_towers)
+    mine, theirs = kind(), kind()
+    wrapped(batch(7), mine)
+    plain(batch(7).tensor_split(num_towers)[-1], theirs)
+    assert_close(mine["main"], theirs["main"])
+    for kept in (mine, theirs):
+        kept["main"].backward()
+    assert_same_gradients(wrapped, plain)
+    wrapped(batch(7), {})
+
+
+def test_a_tensor_of_the_users_that_is_put_into_a_list_stays_what_it_is() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+            kept.append(extra)
+            return self.fc(x)
+
+    _, wrapped = twins(Net(), 2)
+    leaf = torch.ones((), dtype=torch.float64, requires_grad=True)
+    extra = leaf * 2
+    kept: list[Tensor] = []
+    wrapped(batch(4), kept)
+    assert all(tensor is extra for tensor in kept)
+    extra.backward()
+    assert leaf.grad is not None
