@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -266,4 +267,54 @@ def test_shapes_may_be_tried_with_fake_tensors_before_the_first_call() -> None:
         assert wrapped(batch(5)).shape == (5, 2)
     for net in (plain, wrapped):
         net(batch(5)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+# ---- transforms of torch.func, within which the module is called as it is
+
+
+class Keeping(OneLayer):
+    """Keeps what a forward computes, in an attribute or a buffer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(2) if kind == "buffer" else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight = self.fc.weight.tanh() if self.kind == "weight" else self.fc.weight  # as pruning does
+        out = F.linear(x, self.weight, self.fc.bias)
+        if self.kind == "attribute":
+            self.kept = out.sum()
+        elif self.kind == "buffer":
+            assert self.mean is not None
+            self.mean = self.mean * 0.9 + out.mean(0)
+        return out
+
+
+TRANSFORMS: dict[str, Callable[[Any], Any]] = {
+    "grad": lambda net: torch.func.grad(lambda x: net(x).sum())(batch(5)),
+    "vjp": lambda net: torch.func.vjp(net, batch(5)),
+    "jvp": lambda net: torch.func.jvp(net, (batch(5),), (batch(5),)),
+    "jacrev": lambda net: torch.func.jacrev(net)(batch(5)),
+    "functionalize": lambda net: torch.func.functionalize(net)(batch(5)),
+    "vmap": lambda net: torch.vmap(net)(batch(5)[None]),
+    "vmap of grad": lambda net: torch.vmap(torch.func.grad(lambda row: net(row[None]).sum()))(batch(5)),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["as the first call", "later"])
+@pytest.mark.parametrize("kind", ["attribute", "buffer", "weight"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_what_a_call_within_a_transform_has_left_is_in_nobodys_way(name: str, kind: str, first: bool) -> None:
+    if kind == "buffer" and name.startswith("vmap"):
+        pytest.skip("the plain module cannot go on from what torch.vmap has left")
+    plain, wrapped = twins(Keeping(kind), 2)
+    if not first:
+        assert_go_backward_alike(plain, wrapped, batch(4))
+    for net in (plain, wrapped):
+        TRANSFORMS[name](net)
+        net.zero_grad()
+    for _ in range(2):
+        assert_go_backward_alike(plain, wrapped, batch(7))
     assert_same_gradients(wrapped, plain)

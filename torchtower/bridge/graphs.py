@@ -23,13 +23,19 @@ def writable(leaf: Tensor) -> Tensor:
 def graph_of(tensor: Tensor) -> Any:
     """The node that a tensor came out of; None of one without a graph, and of one whose graph torch refuses to tell.
 
-    That is a view that was made under ``no_grad``, or one of several at once, of what has been written to since. It is
-    of no use to anybody any more, but a module may hold it still.
+    That is a view that was made under ``no_grad``, or one of several at once, of what has been written to since, or a
+    tensor of a transform of `torch.func`. It is of no use to anybody any more, but a module may hold it still.
     """
     try:
-        return tensor.grad_fn
+        return None if is_wrapped(tensor) else tensor.grad_fn
     except RuntimeError:
         return None
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a transform's of `torch.func`; without memory of its own."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped
 
 
 def is_cut_off(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
-from torchtower.bridge.graphs import graph_of, is_cut_off
+from torchtower.bridge.graphs import graph_of, is_cut_off, is_wrapped
 from torchtower.memory import memory_of
 from torchtower.parts import SMALL, container_of, leads_nowhere
 from torchtower.replicas.outside import Outside
@@ -293,12 +293,13 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
             containers.append(container)
             if not leads_nowhere(container):
                 pending.extend(container.values() if isinstance(container, dict) else container)
-    return [value for value in found if value is not None], containers
+    # What a call within a transform of torch.func has left is nothing that towers can use.
+    return [v for v in found if v is not None and not (isinstance(v, Tensor) and is_wrapped(v))], containers
 
 
 def _is_copied(tensor: Tensor) -> bool:
     # Nothing can be copied into one of these, which hence stays as it is: one for all towers.
-    return not (tensor.is_nested or tensor.is_mkldnn)
+    return not (tensor.is_nested or tensor.is_mkldnn or is_wrapped(tensor))
 
 
 def _is_small(tensor: Tensor) -> bool:
