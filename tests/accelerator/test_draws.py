@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, twins
 from torchtower import TowerParallel, current_tower
-from torchtower.threads.generators import look_at_operators, real_states
+from torchtower.threads.generators import real_states
 
 dropouts = pytest.mark.parametrize(
     "drop",
@@ -234,11 +234,9 @@ def test_what_other_towers_draw_after_a_dropout_leaves_their_devices_generator_a
 def drawn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Operators leave random numbers to the CPU's, as torch_openreg's do, and take no generator of the device's own."""
     torch.ops.simulated.draw_on_cpu(True)
-    look_at_operators.cache_clear()
-    monkeypatch.setattr("torchtower.threads.generators._drawn_on_cpu", set())
+    monkeypatch.setattr("torchtower.threads.generators._taken", {})
     yield
     torch.ops.simulated.draw_on_cpu(False)
-    look_at_operators.cache_clear()
 
 
 @pytest.mark.usefixtures("drawn_on_cpu")
@@ -263,3 +261,42 @@ def test_where_the_cpu_draws_for_a_device_a_checkpoint_draws_the_same_masks_agai
     out = wrapped(x)
     out.sum().backward()
     assert torch.equal(x.grad, out)
+
+
+@pytest.fixture
+def unseen(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device module tells of no default generator, and of no state."""
+    for name in ("default_generators", "get_rng_state", "set_rng_state"):
+        monkeypatch.delattr(simulated, name, raising=False)
+    monkeypatch.delitem(real_states, "simulated", raising=False)
+
+
+@pytest.mark.usefixtures("unseen")
+@dropouts
+@pytest.mark.parametrize("devices", [[0, 1], [1, 0], [0, 1, 0, 1], [0, 0]])
+def test_where_no_default_generator_can_be_had_towers_masks_are_their_own_and_a_seed_reproduces_them(
+    devices: list[int], drop: Callable[[Tensor], Tensor]
+) -> None:
+    if drop is F.dropout:
+        pytest.skip("a fused one draws from its device's generator, whichever tower asks")
+    test_towers_draw_different_masks_that_a_seed_reproduces(devices, drop)
+    test_the_main_tower_draws_as_the_plain_module_would(drop)
+
+
+@pytest.mark.usefixtures("unseen")
+@dropouts
+def test_where_operators_take_no_generator_towers_draw_from_their_devices(
+    drop: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchtower.threads.generators._taken", {"simulated": "nobody"})
+    out = TowerParallel(Drop(drop), device_ids=[0, 0])(torch.ones(4, 64))
+    first, second = out.chunk(2)
+    assert out.count_nonzero() and not torch.equal(first, second)
+
+
+def test_operators_are_looked_at_on_a_towers_own_device(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtower.threads.generators._taken", {})
+    simulated.reset_peak_memory_stats(0)
+    before = simulated.memory_allocated(0)
+    TowerParallel(Drop(F.dropout).to(device(1)), device_ids=[1, 1])(torch.ones(4, 3, device=device(1)))
+    assert simulated.max_memory_allocated(0) == before

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 Generator = Any  # torch.Generator, or what stands for a device's
-_drawn_on_cpu: set[str] = set()  # types of devices whose operators take a CPU's generators
+_taken: dict[str, str] = {}  # by device type, whose generators its operators take: its "own", the "cpu"'s, "nobody"'s
 real_states: dict[str, tuple[Any, Any]] = {}  # by device type, its module's own get_rng_state and set_rng_state
 
 
@@ -54,7 +54,8 @@ class Seeds:
 
     def _source(self, device_type: str) -> Generator:
         main = device_type == self._main_device.type
-        return default_generator(self._main_device if main else torch.device(device_type))
+        source = default_generator(self._main_device if main else torch.device(device_type))
+        return torch.default_generator if source is None else source
 
 
 class TowerGenerators:
@@ -67,18 +68,16 @@ class TowerGenerators:
         self._fresh: dict[torch.device, int] = {}
 
     def on(self, device: torch.device) -> Generator:
-        """The generator that this tower's draws on ``device`` come from."""
+        """The generator that this tower's draws on ``device`` come from; None where only the device knows it."""
         device = drawn_on(device)
-        generator = self._generators.get(device)
-        if generator is None:
+        if device not in self._generators:
             seed = self._seeds.seed(device, self._tower_index)
-            if self._tower_index == 0:
-                generator = default_generator(device)
+            if self._tower_index == 0 or _taken.get(device.type) == "nobody":
+                self._generators[device] = default_generator(device)
             else:
-                generator = torch.Generator(device).manual_seed(seed)
+                generator = self._generators[device] = torch.Generator(device).manual_seed(seed)
                 self._fresh[device] = hash_of(generator)
-            self._generators[device] = generator
-        return generator
+        return self._generators[device]
 
     def note_draws(self) -> None:
         """Tell what was drawn; recomputing what a checkpoint dropped is none, as it leaves generators as they were."""
@@ -87,21 +86,22 @@ class TowerGenerators:
                 self._seeds.note_draw(device.type)
 
 
-@functools.cache
-def look_at_operators(device_type: str) -> None:
-    """Find out whether a device's random operators take generators of its own; see `drawn_on`."""
-    numbers = torch.empty(1, device=torch.device(device_type, 0))
-    try:
-        numbers.uniform_(generator=torch.Generator(numbers.device))
-    except Exception:  # what a backend raises, or it has no generators at all
-        with suppress(Exception):
-            numbers.uniform_(generator=torch.Generator())
-            _drawn_on_cpu.add(device_type)
+def look_at_operators(device: torch.device) -> None:
+    """Find out, once for its type, whose generators a device's random operators take; see `drawn_on`."""
+    if device.type in _taken:
+        return
+    numbers = torch.empty(1, device=device)
+    taken = "nobody"
+    for whose, where in (("cpu", "cpu"), ("own", device)):
+        with suppress(Exception):  # what a backend raises, or it has no generators at all
+            numbers.uniform_(generator=torch.Generator(where))
+            taken = whose
+    _taken[device.type] = taken
 
 
 def drawn_on(device: torch.device) -> torch.device:
     """Whose generators a device's operators take: the CPU's, where a backend leaves its random numbers to the CPU."""
-    return torch.device("cpu") if device.type in _drawn_on_cpu else device
+    return torch.device("cpu") if _taken.get(device.type) == "cpu" else device
 
 
 def hash_of(generator: Generator) -> int:
@@ -110,12 +110,14 @@ def hash_of(generator: Generator) -> int:
 
 
 def default_generator(device: torch.device) -> Generator:
-    """The device's own default generator, whichever thread asks."""
+    """The device's own default generator, whichever thread asks; None where neither it nor its state can be had."""
     if device.type == "cpu":
         return torch.default_generator
     generators = getattr(torch.get_device_module(device), "default_generators", ())
     generators = getattr(generators, "real", generators)  # those that a stand-in has taken the name of
-    return generators[device.index] if device.index < len(generators) else _generator_by_state(device)
+    if device.index < len(generators):
+        return generators[device.index]
+    return _generator_by_state(device) if device.type in real_states else None
 
 
 @functools.cache

@@ -101,8 +101,8 @@ def intercept_draws(devices: Iterable[torch.device]) -> Any:
     """Intercept ATen's random operators under the spare key, once in a process, for towers on these devices."""
     with _install_lock:
         _stand_in_for_device_module()
-        for device_type in {device.type for device in devices}:
-            look_at_operators(device_type)
+        for device in devices:
+            look_at_operators(device)
         return _intercept_draws_once()
 
 
@@ -127,7 +127,7 @@ def _intercept_draws_once() -> Any:
 def _register(fallback: Any, operators: Any, key: Any) -> None:
     """Let operators that draw numbers find ours under the key, and all others what they would without it."""
     fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
-    on_accelerators = torch.accelerator.is_available()
+    on_accelerators = torch.accelerator.current_accelerator(check_available=True) is not None
     for schema in torch._C._jit_get_all_schemas():
         namespace, _, name = schema.name.partition("::")
         if namespace != "aten" or name in ("manual_seed", "initial_seed", "seed"):
@@ -241,8 +241,10 @@ def _is_default(generator: torch.Generator, device: torch.device) -> bool:
 
 def _draw_without_generator(overload: Any, key: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     device = _device_of(args, kwargs)
-    # On a CPU these are composed of operators that take a generator, which are intercepted in their turn.
-    with nullcontext() if device.type == "cpu" or device == _local.borrowed else _borrowing(device):
+    # On a CPU these are composed of operators that take a generator, which are intercepted in their turn. So most are
+    # elsewhere; a fused one draws as it likes where the default generator cannot be had.
+    is_left_alone = device.type == "cpu" or device == _local.borrowed or default_generator(device) is None
+    with nullcontext() if is_left_alone else _borrowing(device):
         return overload.redispatch(keyset.remove(key), *args, **kwargs)
 
 
