@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -36,4 +36,12 @@ def memory_of(tensors: Sequence[Tensor]) -> list[Any]:
 
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether a tensor is made of others and has no memory of its own (a quantised weight): it travels by itself."""
-    return bool(is_traceable_wrapper_subclass(tensor))
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    if is_traceable_wrapper_subclass(tensor):
+        return True
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # a device made in Python, whose tensors are subclasses
+        return True
+    return False

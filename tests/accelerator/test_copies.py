@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.accelerator.towers import (
 )
 from torchtower import TowerParallel, current_tower
 from torchtower.bridge.collect import cut_buckets
+from torchtower.reduction import weighted_sum
 
 BACK = ("simulated:1", "simulated:0")
 
@@ -233,6 +235,33 @@ def test_gradients_on_the_main_device_are_never_held_once_a_tower(
     own = 2 * model_bytes  # the main tower's gradients and the reduced ones
     buckets = 5 * 2 * 29 * 2**20  # a bucket and its flat copy for each of the others
     assert simulated.max_memory_allocated(0) - before < own + buckets
+
+
+def test_gradients_that_no_sync_keeps_travel_once_with_those_of_the_next_backward(simulated: types.ModuleType) -> None:
+    plain, wrapped = twins(deep(), [0, 1])
+    for step in range(3):
+        plain(rows(8, 8)).square().sum().backward()
+        with nullcontext() if step == 2 else wrapped.no_sync():
+            loss = feed(wrapped, 8).square().sum()
+        simulated.reset_copies()
+        loss.backward()
+        back = simulated.copies().get(BACK)
+        assert (back and back.num_bytes) == (bytes_of(plain) if step == 2 else None)
+    assert_same_gradients(wrapped, plain)
+
+
+def test_gradients_are_reduced_with_the_main_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, wrapped = twins(deep(), [1, 0, 0])
+    current = []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        current.append(torch.accelerator.current_device_index())
+        return weighted_sum(*args, **kwargs)
+
+    monkeypatch.setattr("torchtower.bridge.collect.weighted_sum", noting)
+    for _ in range(3):  # whichever tower comes last
+        wrapped(rows(6, 8).to(device(1))).square().sum().backward()
+    assert set(current) == {1}
 
 
 def test_buckets_hold_only_parameters_that_are_trained_last_first() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, seen_by_towers, twins
 from torchtower import TowerParallel
+from torchtower.threads.streams import Streams
 
 
 def test_towers_work_on_the_callers_streams_so_that_order_holds() -> None:
@@ -125,3 +126,29 @@ def test_an_output_on_its_way_to_the_cpu_is_waited_for() -> None:
     assert_same_values(wrapped(x), expected, rtol=1e-5)
     loss = wrapped.tower_loss(lambda net, x: (x @ x.T).sum().to("cpu", non_blocking=True), x)
     assert_same_values(loss, expected.sum() / 2, rtol=1e-4)
+
+
+class Unwaitable:
+    """A stream of a backend that leaves the waiting to PyTorch's interface, or whose device has failed."""
+
+    def __init__(self, words: str) -> None:
+        self.words, self.device = words, device(0)
+
+    def synchronize(self) -> None:
+        raise RuntimeError(self.words)
+
+
+def test_streams_that_cannot_be_waited_for_are_not_and_errors_of_a_device_are_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams, waited_for = Streams([device(0)]), []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited_for.append)
+    streams._streams = [Unwaitable("Backend doesn't support synchronizing streams.")]  # type: ignore[list-item]
+    streams.synchronize()
+    assert waited_for == [device(0)]
+    other = Unwaitable("Backend doesn't support synchronizing all streams on device.")
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: other.synchronize())
+    streams.synchronize()
+    streams._streams = [Unwaitable("an illegal memory access was encountered")]  # type: ignore[list-item]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        streams.synchronize()

@@ -201,7 +201,8 @@ class Bridge:
         keep = keep or family.keeps_graphs
         towers = zip(self._alive(), local_grads, self._inputs.leaves, self._wanted(asked), strict=True)
         collection = None
-        if plan.buckets and family.synchronize and not any(map(_is_batched, chain.from_iterable(local_grads))):
+        is_kept = any(accumulated)  # for a later backward, or beside what is kept already: it travels once
+        if plan.buckets and not is_kept and not any(map(_is_batched, chain.from_iterable(local_grads))):
             collection = plan.collection(family.weights)
         if not asked.all:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
@@ -219,7 +220,7 @@ class Bridge:
             return collected + join(
                 Ports(self._inputs.ports.all[len(parameters) :]), rest, family.weights, in_place=asked.all
             )
-        if not family.synchronize:
+        if is_kept:
             local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
         return join(self._inputs.ports, local, family.weights, in_place=asked.all)

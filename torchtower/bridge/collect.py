@@ -92,7 +92,8 @@ class Collection:
         return results
 
     def _reduce(self, towers: list[list[Grad]]) -> list[Grad]:
-        return weighted_sum([_move(grads, self._device) for grads in towers], self._weights, in_place=False)
+        with torch.accelerator.device_index(self._device.index):  # a tower's on another device may be here
+            return weighted_sum([_move(grads, self._device) for grads in towers], self._weights, in_place=False)
 
 
 class Sender:
