@@ -271,10 +271,18 @@ def test_an_object_that_holds_no_tensor_comes_through() -> None:
     assert gather([found, found], lambda parts, path: parts[0]) is found
 
 
-def test_a_nested_tensor_is_refused_as_output() -> None:
-    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
-    with pytest.raises(TypeError, match="the output to be a tensor with rows, but got a nested one"):
-        gather([nested, nested], lambda parts, path: parts[0])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
+        (lambda: torch.eye(2).to_sparse_csr(), "torch.sparse_csr"),
+        (lambda: torch.eye(2).to_mkldnn(), "torch._mkldnn"),
+    ],
+)
+def test_a_tensor_that_cannot_be_joined_is_refused_as_output(make: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=f"the output to be a tensor with rows, but got a {words} one"):
+        gather([make(), make()], lambda parts, path: parts[0])
 
 
 def test_namespaces_and_dataclasses_with_unset_fields_are_containers() -> None:

@@ -16,6 +16,7 @@ from torchtower.batches.scatter import size_along
 from torchtower.parts import tensors_within
 
 _VIEWS = (ItemsView, ValuesView)  # of a dict
+_JOINED = (torch.strided, torch.sparse_coo)  # layouts that torch.cat takes
 _MOST_SHOWN = 200  # characters of a value, in an error
 
 
@@ -40,7 +41,7 @@ def gather_structure(
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
-        TypeError: a nested tensor, or an object that holds tensors and cannot be made from what it yields.
+        TypeError: a nested, compressed or mkldnn tensor, or an object that holds tensors and cannot be made from what it yields.
     """
     columns: list[Column] = []
     make = _take_apart(outputs, columns, "the output", to_user)
@@ -53,8 +54,9 @@ def _take_apart(
     """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them."""
     first = outputs[0]
     if isinstance(first, Tensor):
-        if first.is_nested:
-            raise TypeError(f"TowerParallel: expected {path} to be a tensor with rows, but got a nested one")
+        if first.is_nested or first.layout not in _JOINED:
+            got = "a nested" if first.is_nested else f"a {first.layout}"
+            raise TypeError(f"TowerParallel: expected {path} to be a tensor with rows, but got {got} one")
         for tower, other in enumerate(outputs):
             if not isinstance(other, Tensor):
                 raise ValueError(_differ(path, "a tensor", tower, f"{type(other).__name__}"))
