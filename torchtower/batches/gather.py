@@ -41,7 +41,8 @@ def gather_structure(
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
-        TypeError: a nested, compressed or mkldnn tensor, or an object that holds tensors and cannot be made from what it yields.
+        TypeError: a nested, compressed or mkldnn tensor, or an object that holds tensors and cannot be made from what it
+            yields.
     """
     columns: list[Column] = []
     make = _take_apart(outputs, columns, "the output", to_user)
