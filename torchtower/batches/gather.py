@@ -41,7 +41,7 @@ def gather_structure(
 
     Raises:
         ValueError: the towers' outputs differ in structure, or in something that is no tensor.
-        TypeError: a nested, compressed or mkldnn tensor, or an object that holds tensors and cannot be made from what it
+        TypeError: a nested, compressed or mkldnn tensor; an object that holds tensors and cannot be made from what it
             yields.
     """
     columns: list[Column] = []
