@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import types
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.accelerator.towers import assert_same_values, device, every_layout, mlp, rows, seen_by_towers, twins
+from tests.accelerator.towers import (
+    assert_same_gradients,
+    assert_same_values,
+    device,
+    every_layout,
+    mlp,
+    rows,
+    seen_by_towers,
+    twins,
+)
 from torchtower import TowerParallel
 from torchtower.threads.streams import Streams
 
@@ -152,3 +162,20 @@ def test_streams_that_cannot_be_waited_for_are_not_and_errors_of_a_device_are_ra
     streams._streams = [Unwaitable("an illegal memory access was encountered")]  # type: ignore[list-item]
     with pytest.raises(RuntimeError, match="illegal memory access"):
         streams.synchronize()
+
+
+def test_memory_of_gradients_that_no_sync_keeps_waits_for_the_stream_that_reduces_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted: list[tuple[torch.device, torch.Stream]] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: noted.append((self.device, stream)))
+    plain, wrapped = twins(mlp(), [0, 1])
+    streams = [[torch.Stream(device(index)) for index in (0, 1)] for _ in range(3)]
+    for step, (first, second) in enumerate(streams):
+        plain(rows(4)).sum().backward()
+        with second, first, nullcontext() if step == 2 else wrapped.no_sync():
+            assert not noted
+            wrapped(rows(4)).sum().backward()
+    last = {(device(index), stream) for index, stream in enumerate(streams[-1])}
+    assert set(noted) == last and len(noted) == 2 * len(list(plain.parameters()))
+    assert_same_gradients(wrapped, plain)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -64,7 +65,7 @@ class HeldGradients:
                     continue
                 share = grad * weight if weight != 1 else own([grad])[0] if in_place else grad.clone()
                 before = _like(parameter, held.get(id(parameter)))
-                held[id(parameter)] = share if before is None else before + share
+                held[id(parameter)] = share if before is None else _sum(before, share)
                 self._parameters[id(parameter)] = parameter
         is_kept = [*chosen, *[False] * (len(local_grads[0]) - len(chosen))]
         return [[None if k else g for g, k in zip(grads, is_kept, strict=True)] for grads in local_grads]
@@ -81,7 +82,8 @@ class HeldGradients:
         for parameter in parameters:
             self._parameters.pop(id(parameter), None)
             for held in self._towers:
-                held.pop(id(parameter), None)
+                if (kept := held.pop(id(parameter), None)) is not None and kept.device.type != "cpu":
+                    _free_after_use(kept)
 
     def drop_all(self) -> None:
         """Forget what is kept."""
@@ -110,6 +112,18 @@ def _let_drop(kind: Any, parameters_of: Callable[[Any], Iterable[Tensor]]) -> No
                 held.drop(parameters_of(self))
 
     kind.zero_grad = zero_grad_and_drop
+
+
+def _free_after_use(kept: Tensor) -> None:
+    # Its memory is that of the first backward's stream, which could have it anew before this one has read it.
+    with suppress(Exception):  # not every backend can be told
+        kept.record_stream(torch.accelerator.current_stream(kept.device))
+
+
+def _sum(before: Tensor, share: Tensor) -> Tensor:
+    # In place, so that nothing is let go of meanwhile.
+    is_dense = before.layout is torch.strided and share.layout is torch.strided
+    return before.add_(share) if is_dense else before + share
 
 
 def _like(parameter: Tensor, grad: Grad) -> Grad:
