@@ -65,11 +65,6 @@ class ForwardResult:
         self._call = call
 
     @property
-    def has_overwritten(self) -> bool:
-        """Whether towers have written into the batch with autograd on."""
-        return bool(self._shards.overwritten())
-
-    @property
     def rows(self) -> list[int]:
         """Rows of each tower's shard."""
         return self._shards.rows
@@ -77,7 +72,7 @@ class ForwardResult:
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph; takes over what the main tower wrote."""
         plan, shards = self._plan, self._shards
-        left_behind = LeftBehind(self._original, self._replicas, self._leaves, shards.filled)
+        left_behind = LeftBehind(self._original, self._replicas, self._leaves, list(shards.filled.values()))
         overwritten = shards.overwritten()
         more = left_behind.columns(len(outputs)) + [(port, parts) for _, port, parts in overwritten]
         all_ports = [*ports, *[port for port, _ in more]]

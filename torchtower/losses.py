@@ -75,8 +75,9 @@ def mean_over_towers(result: ForwardResult, pairs: list[tuple[Tensor, float | No
     raw = [row if weight is None else weight for row, (_, weight) in zip(rows, pairs, strict=True)]
     weights = normalized_weights(raw, len(pairs), "TowerParallel.tower_loss")
     losses = [loss for loss, _ in pairs]
-    if 0 in weights and (result.towers_met or result.has_overwritten):
-        losses = [loss if weight else silenced(loss) for loss, weight in zip(losses, weights, strict=True)]
+    if 0 in weights:  # what such a tower has left beside its loss goes backward all the same, with a weight
+        stand_in = silenced if result.towers_met else torch.zeros_like
+        losses = [loss if weight else stand_in(loss) for loss, weight in zip(losses, weights, strict=True)]
         weights = [weight or max(weights) for weight in weights]
     (mean,) = result.connect(weights, [Port("shared", device)], [[loss] for loss in losses])
     assert mean is not None

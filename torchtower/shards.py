@@ -87,7 +87,7 @@ class Shards:
         self.tensors = tensors
         self.devices = {tensor.device for tensor in tensors}  # on which they lie
         self.main_inputs: list[Tensor] = []
-        self.filled: list[Any] = []  # of the batch's containers those that a forward has put something into
+        self.filled: dict[int, Any] = {}  # by id, containers of the batch that a forward has put something into
         self.ports: list[Port] = []
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
@@ -176,11 +176,15 @@ class Shards:
             if key not in self._aliased:
                 continue
             handed = [taken.get(key) for taken in self._handed]
-            is_as_it_was = is_untouched if key in self._port_of else _has_no_graph
-            if not all(part is None or is_as_it_was(part) for part in handed):
-                port = self._port(tensor, self._parts[key])
-                if port.kind == "rows" or len(handed) == 1:
-                    found.append((tensor, port.written(), handed))
+            is_input = key in self._port_of
+            is_as_it_was = is_untouched if is_input else _has_no_graph
+            if all([part is None or is_as_it_was(part) for part in handed]):
+                continue
+            if not is_input and any(part is not None and _has_moved(part, tensor) for part in handed):
+                continue
+            port = self._port(tensor, self._parts[key])
+            if port.kind == "rows" or len(handed) == 1:
+                found.append((tensor, port.written(), handed))
         return found
 
     def pass_on_contents(self) -> None:
@@ -188,7 +192,7 @@ class Shards:
         for _, pairs in sorted(self._empty.items()):
             for container, own in filter(itemgetter(1), pairs):
                 (container.update if isinstance(container, MutableMapping) else container.extend)(own)
-                self.filled.append(container)
+                self.filled[id(container)] = container
 
     def pass_on_writes(self) -> None:
         """Let the tensors that a forward wrote into be as the plain module's forward would have left them.
@@ -209,5 +213,10 @@ class Shards:
         return Aliases([(tensor.detach(), parts) for tensor in split if (parts := self._parts[id(tensor)]) is not None])
 
 
-def _has_no_graph(tensor: Tensor) -> bool:
-    return graph_of(tensor) is None
+def _has_no_graph(part: Tensor) -> bool:
+    return not part.requires_grad or graph_of(part) is None
+
+
+def _has_moved(part: Tensor, whole: Tensor) -> bool:
+    """Whether a forward has turned its part over in place (``t_``, ``unsqueeze_``), so that it fits no more."""
+    return part.dim() != whole.dim() or (part.device == whole.device and part.stride() != whole.stride())

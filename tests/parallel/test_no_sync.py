@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.helpers import (
     EVERY_COUNT,
     SEVERAL,
     STYLES,
+    assert_close,
     assert_go_backward_alike,
     assert_same_gradients,
     batch,
@@ -211,3 +214,49 @@ def test_no_sync_keeps_no_parameter_alive_once_its_gradients_are_reduced() -> No
     wrapped(batch(4))
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("order", ["sparse first", "dense first"])
+@pytest.mark.parametrize("last", [False, True], ids=["both kept", "the second synchronised"])
+def test_sparse_and_dense_gradients_of_one_parameter_add_up(order: str, last: bool) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 3, sparse=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.table.weight.T if x.is_floating_point() else self.table(x)
+
+    plain, wrapped = twins(Tied(), 2)
+    batches = [torch.tensor([0, 1, 1, 4]), batch(4)]
+    if order == "dense first":
+        batches.reverse()
+    for net in (plain, wrapped):
+        for index, x in enumerate(batches):
+            is_kept = net is wrapped and not (last and index)
+            with wrapped.no_sync() if is_kept else nullcontext():
+                net(x).square().sum().backward()
+        if not last:
+            net(batches[0]).square().sum().backward()
+    for ours, theirs in zip(wrapped.module.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert_close(ours.grad.to_dense(), theirs.grad.to_dense())
+
+
+def test_a_reduction_that_fails_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    with wrapped.no_sync():
+        wrapped(batch(4)).square().sum().backward()
+    loss = wrapped(batch(4)).square().sum()
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torchtower.bridge.ports.weighted_sum", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward(retain_graph=True)
+    loss.backward()
+    for _ in range(2):
+        plain(batch(4)).square().sum().backward()
+    assert_same_gradients(wrapped, plain)

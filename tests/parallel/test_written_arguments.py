@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import UserDict, deque
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +87,7 @@ class Collecting(OneLayer):
 
     def forward(self, x: Tensor, kept: Any) -> Tensor:
         out: Tensor = self.fc(x)
-        if isinstance(kept, (list, deque)):
+        if isinstance(kept, list):
             kept.append((out.square().sum(), out))
             kept.append([out.exp()])
         else:
@@ -152,3 +152,60 @@ def test_a_tensor_of_the_users_that_is_put_into_a_list_stays_what_it_is() -> Non
     assert all(tensor is extra for tensor in kept)
     extra.backward()
     assert leaf.grad is not None
+
+
+def test_every_entry_of_a_long_list_leads_to_the_parameters() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+            out: Tensor = self.fc(x)
+            kept.extend(out.sum() * i for i in range(700))
+            return out
+
+    plain, wrapped = twins(Net(), 2)
+    for net in (plain, wrapped):
+        kept: list[Tensor] = []
+        net(batch(6), kept)
+        torch.stack(kept).sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("turn_over", [lambda target: target.t_(), lambda target: target.unsqueeze_(1)])
+def test_a_tensor_that_a_forward_turns_over_in_place_has_its_memory_written_to_and_no_graph(turn_over: Any) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor, target: Tensor) -> Tensor:
+            turn_over(target).add_(self.fc.bias.sum())
+            return self.fc(x)
+
+    _, wrapped = twins(Net(), 2)
+    target = torch.zeros(4, 2, dtype=torch.float64)
+    wrapped(batch(4), target)
+    assert_close(target, wrapped.module.fc.bias.sum().expand(4, 2).detach())
+    assert not target.requires_grad
+
+
+def test_a_tower_of_weight_zero_is_left_out_and_what_it_writes_and_keeps_is_not() -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor, target: Tensor, kept: list[Tensor]) -> Tensor:
+            out: Tensor = self.fc(x)
+            target.copy_(out)
+            kept.append(out.pow(3).sum())
+            self.aux = out.exp().sum()
+            return out
+
+    def loss_fn(net: Any, x: Tensor, mask: Tensor, target: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+        out = net(x, target, kept)
+        return (out.square().sum(1) * mask).sum() / mask.sum(), mask.sum()
+
+    plain, wrapped = twins(Net(), 2)
+    for mask in (torch.tensor([1.0, 1, 0, 0]).double(), torch.tensor([0.0, 0, 1, 1]).double()):
+        plain.zero_grad()
+        wrapped.zero_grad()
+        targets, lists = [torch.zeros(4, 2, dtype=torch.float64) for _ in range(2)], [[], []]
+        loss = loss_fn(plain, batch(4), mask, targets[0], lists[0])[0]
+        mine = wrapped.tower_loss(loss_fn, batch(4), mask, targets[1], lists[1])
+        assert_close(mine, loss)
+        plain.aux = plain.fc(batch(4)[:2]).exp().sum()  # the main tower's
+        nets: list[Any] = [plain, wrapped.module]
+        for net, one, target, kept in zip(nets, (loss, mine), targets, lists, strict=True):
+            (one + target.sin().sum() + torch.stack(kept).sum() + net.aux).backward()
+        assert_same_gradients(wrapped, plain)

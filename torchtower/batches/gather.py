@@ -55,7 +55,7 @@ def _take_apart(
     """Add the columns of what stands at ``path``; returns what makes the whole of one value for each of them."""
     first = outputs[0]
     if isinstance(first, Tensor):
-        if first.is_nested or first.layout not in _JOINED:
+        if first.is_nested or (len(outputs) > 1 and first.layout not in _JOINED):
             got = "a nested" if first.is_nested else f"a {first.layout}"
             raise TypeError(f"TowerParallel: expected {path} to be a tensor with rows, but got {got} one")
         for tower, other in enumerate(outputs):

@@ -13,7 +13,8 @@ What crosses the bridge does so through ports. A port knows how a value on the m
 - shared: the same value for every tower; back, the weighted sum over towers (parameters, and each tower's loss).
 - rows: a part for each tower; back, the parts one after the other (inputs, gathered outputs).
 - solo: one tower's alone (a tensor with a graph that the main tower's forward left in an attribute, or that any tower's
-  left with a hook).
+  left with a hook, or in a list or dict of the caller's).
+- written: rows of the batch that towers have written into; back, unweighted.
 The towers' weights are applied only on the way back to the main side, never on the way in: what a tower computes is the
 gradient of its own loss, unscaled.
 
@@ -31,7 +32,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import chain, compress, repeat
+from itertools import chain, compress, repeat, zip_longest
 from operator import is_
 from typing import Any
 
@@ -167,18 +168,14 @@ class Bridge:
             accumulated = asked.accumulated(len(parameters))
         local_grads = self._local_grads(self._alive(), grads)
         keep = _autograd._get_current_graph_task_keep_graph()
-        if torch.is_grad_enabled():
-            values = self._differentiable_backward(grads, local_grads, keep, asked)
-        else:
+        if not torch.is_grad_enabled():
             values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
+        else:
+            values = self._differentiable_backward(grads, local_grads, keep, asked)
+            if held and family.synchronize:
+                shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
+                values[: len(parameters)] = join(ports, shares, [1.0] * len(shares))
         if held and family.synchronize:
-            shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
-            weights = [1.0] * len(shares)
-            has_no_graph = not torch.is_grad_enabled()
-            if family.plan.buckets and has_no_graph:
-                values[: len(parameters)] = family.plan.collection(weights).finish(shares, parameters)
-            else:
-                values[: len(parameters)] = join(ports, shares, weights, in_place=has_no_graph)
             held.drop(compress(parameters, accumulated))
         if any(map(is_, values, repeat(None))):
             without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]
@@ -201,8 +198,7 @@ class Bridge:
         keep = keep or family.keeps_graphs
         towers = zip(self._alive(), local_grads, self._inputs.leaves, self._wanted(asked), strict=True)
         collection = None
-        is_kept = any(accumulated)  # for a later backward, or beside what is kept already: it travels once
-        if plan.buckets and not is_kept and not any(map(_is_batched, chain.from_iterable(local_grads))):
+        if plan.buckets and not any(accumulated) and not any(map(_is_batched, chain.from_iterable(local_grads))):
             collection = plan.collection(family.weights)
         if not asked.all:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
@@ -220,10 +216,24 @@ class Bridge:
             return collected + join(
                 Ports(self._inputs.ports.all[len(parameters) :]), rest, family.weights, in_place=asked.all
             )
-        if is_kept:
-            local = plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
+        totals: list[Grad] = []
+        if any(accumulated):
+            if family.synchronize:  # what is kept and what has come now travel together
+                totals = self._sum_over_towers(plan.held.with_kept(parameters, local, family.weights, accumulated))
+            else:
+                plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
+            others = [not is_chosen for is_chosen in accumulated]
+            local = [[g if o else None for g, o in zip_longest(grads, others, fillvalue=True)] for grads in local]
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
-        return join(self._inputs.ports, local, family.weights, in_place=asked.all)
+        values = join(self._inputs.ports, local, family.weights, in_place=asked.all)
+        return [value if total is None else total for total, value in zip_longest(totals, values)]
+
+    def _sum_over_towers(self, shares: list[list[Grad]]) -> list[Grad]:
+        """Of gradients of the parameters, one list a tower."""
+        plan, weights = self._family.plan, [1.0] * len(shares)
+        if not plan.buckets:
+            return join(plan.ports, shares, weights)
+        return plan.collection(weights).finish(shares, self._inputs.main[: len(plan.ports.all)])
 
     def _wanted(self, asked: Asked) -> list[list[bool]]:
         """Of which local inputs gradients are wanted, tower-major: those that required them when the forward ran."""

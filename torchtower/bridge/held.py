@@ -13,7 +13,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class HeldGradients:
         chosen: Sequence[bool],
         *,
         in_place: bool,
-    ) -> list[list[Grad]]:
+    ) -> None:
         """Add one backward's gradients.
 
         Args:
@@ -52,9 +52,6 @@ class HeldGradients:
             weights: of the towers.
             chosen: of which parameters.
             in_place: gradients whose memory is nobody else's may be kept as they are.
-
-        Returns:
-            ``local_grads`` without those kept.
         """
         _hear_of_zero_grad()
         while len(self._towers) < len(local_grads):
@@ -65,10 +62,30 @@ class HeldGradients:
                     continue
                 share = grad * weight if weight != 1 else own([grad])[0] if in_place else grad.clone()
                 before = _like(parameter, held.get(id(parameter)))
-                held[id(parameter)] = share if before is None else _sum(before, share)
+                held[id(parameter)] = share if before is None else _add(before, share)
                 self._parameters[id(parameter)] = parameter
-        is_kept = [*chosen, *[False] * (len(local_grads[0]) - len(chosen))]
-        return [[None if k else g for g, k in zip(grads, is_kept, strict=True)] for grads in local_grads]
+
+    def with_kept(
+        self,
+        parameters: Sequence[Tensor],
+        local_grads: Sequence[Sequence[Grad]],
+        weights: list[float],
+        chosen: Sequence[bool],
+    ) -> list[list[Grad]]:
+        """What would be `kept` after one backward more, which is not added.
+
+        Args:
+            parameters: the user's.
+            local_grads: as for `keep`.
+            weights: likewise.
+            chosen: likewise.
+        """
+        nothing: list[Grad] = [None] * len(parameters)
+        sums = []
+        for kept, grads, weight in zip_longest(self.kept(parameters, chosen), local_grads, weights):
+            columns = zip(kept or nothing, grads or nothing, chosen, strict=False)  # there are more gradients, of inputs
+            sums.append([_sum(before, _times(g, weight) if is_chosen else None) for before, g, is_chosen in columns])
+        return sums
 
     def kept(self, parameters: Sequence[Tensor], chosen: Sequence[bool]) -> list[list[Grad]]:
         """What is kept of the chosen parameters, tower-major in the order of ``parameters``."""
@@ -120,10 +137,22 @@ def _free_after_use(kept: Tensor) -> None:
         kept.record_stream(torch.accelerator.current_stream(kept.device))
 
 
-def _sum(before: Tensor, share: Tensor) -> Tensor:
+def _add(before: Tensor, share: Tensor) -> Tensor:
     # In place, so that nothing is let go of meanwhile.
     is_dense = before.layout is torch.strided and share.layout is torch.strided
-    return before.add_(share) if is_dense else before + share
+    total = before.add_(share) if is_dense else _sum(before, share)
+    assert total is not None
+    return total
+
+
+def _times(grad: Grad, weight: float | None) -> Grad:
+    return None if grad is None or not weight else grad if weight == 1 else grad * weight
+
+
+def _sum(first: Grad, second: Grad) -> Grad:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second if first.layout is torch.strided else second + first  # torch adds no dense to a sparse one
 
 
 def _like(parameter: Tensor, grad: Grad) -> Grad:

@@ -26,7 +26,7 @@ _FEW = 256
 
 
 class Slot(NamedTuple):
-    """A place where a hook may keep something: a key of a list or dict, or a cell of a function."""
+    """A place where something is kept: a key of a list or dict, or a cell of a function."""
 
     container: Any
     key: Any
@@ -116,7 +116,7 @@ class Outside:
 def kept_in(containers: Sequence[Any]) -> list[tuple[Slot, list[Tensor]]]:
     """Where in these are tensors with a graph, and which; they were empty before."""
     holders = [holder for container in containers if (holder := _holder_in(container)) is not None]
-    slots = [slot for holder in holders for slot in _slots(holder)]
+    slots = [slot for holder in holders for slot in _slots(holder, sys.maxsize)]
     return list(_kept_in(slots, set(map(id, holders)), sys.maxsize))
 
 
@@ -170,16 +170,16 @@ def _nothing() -> None:
     """A reference that is dead."""
 
 
-def _slots(container: Any) -> list[Slot]:
+def _slots(container: Any, most: int = _LAST) -> list[Slot]:
     if isinstance(container, types.CellType):
         return [Slot(container, None)]
     if isinstance(container, set):  # unordered: nothing can be put in something's place
         return []
     # The last ones: a hook adds at the end, and what it has added in a thousand steps is no business of this one.
     if isinstance(container, dict):
-        return [Slot(container, key) for key in islice(dict.__reversed__(container), _LAST)]
+        return [Slot(container, key) for key in islice(dict.__reversed__(container), most)]
     length = _own_method(container, "__len__")(container)
-    return [Slot(container, index) for index in range(length)[-_LAST:]]
+    return [Slot(container, index) for index in range(length)[-most:]]
 
 
 def _own_method(container: Any, name: str) -> Any:

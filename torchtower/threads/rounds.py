@@ -238,7 +238,7 @@ class Round:
         tower = min(self.errors, key=lambda t: (isinstance(self.errors[t], DesertedError), t))
         error = self.errors[tower]
         self.errors.clear()
-        name_tower(error, f"{tower} on device {devices[tower]}")
+        name_tower(error, tower, devices[tower])
         return error
 
 
@@ -248,9 +248,10 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
-def name_tower(error: BaseException, tower: str) -> None:
+def name_tower(error: BaseException, tower: int, device: object) -> None:
     """Add to an error's words which tower it comes from, once."""
-    words = f"in tower {tower}"
+    which = f"{tower} on device {device}"
+    words = f"in tower {which}"
     with suppress(Exception):  # of one that cannot be added to, or has no words (a __str__ that fails): raised as it is
         text = str(error)
         if words in text:
@@ -261,7 +262,7 @@ def name_tower(error: BaseException, tower: str) -> None:
             if isinstance(error, ImportError):
                 error.msg = error.args[0]
         else:
-            add_note(error, "in tower ", tower)
+            add_note(error, "in tower ", which)
 
 
 def add_note(error: BaseException, begin: str, rest: str) -> None:

@@ -163,7 +163,7 @@ class TowerPool:
                 for thread in threads:
                     thread.start()
                 self._threads = threads
-            except BaseException:  # a signal's
+            except BaseException:  # a signal's, or a thread's
                 for thread in threads:
                     thread.inbox.put(None)
                 raise
@@ -198,7 +198,7 @@ class _TowerThread:
         self.inbox: SimpleQueue[Round | None] = SimpleQueue()
         # Unlike an Event whole again if a signal breaks off the waiting; holds what went wrong.
         self._ready: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._name = f"{tower_index} on device {device}"
+        self._which = tower_index, device
         self._thread = threading.Thread(
             target=_work,
             args=(self.inbox, tower_index, device, intra_op_threads, self._ready),
@@ -210,7 +210,7 @@ class _TowerThread:
         """Start, and wait until the thread is ready for work."""
         self._thread.start()
         if (error := self._ready.get()) is not None:  # its device has no memory left, say
-            name_tower(error, self._name)
+            name_tower(error, *self._which)
             try:
                 raise error
             finally:  # its traceback holds this frame
