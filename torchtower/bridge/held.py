@@ -83,7 +83,7 @@ class HeldGradients:
         nothing: list[Grad] = [None] * len(parameters)
         sums = []
         for kept, grads, weight in zip_longest(self.kept(parameters, chosen), local_grads, weights):
-            columns = zip(kept or nothing, grads or nothing, chosen, strict=False)  # there are more gradients, of inputs
+            columns = zip(kept or nothing, grads or nothing, chosen, strict=False)  # inputs have gradients, too
             sums.append([_sum(before, _times(g, weight) if is_chosen else None) for before, g, is_chosen in columns])
         return sums
 
