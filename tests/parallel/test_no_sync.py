@@ -260,3 +260,16 @@ def test_a_reduction_that_fails_counts_nothing_twice(monkeypatch: pytest.MonkeyP
     for _ in range(2):
         plain(batch(4)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_parameter_that_is_frozen_before_a_backward_keeps_what_it_has(kept: int) -> None:
+    plain, wrapped = twins(mlp(), 2)
+    for net, inner in ((plain, plain), (wrapped, wrapped.module)):
+        for step in range(3):
+            with wrapped.no_sync() if net is wrapped and step < kept else nullcontext():
+                loss = net(batch(5, seed=step)).square().sum()
+                inner[0].weight.requires_grad_(step != 1)  # after the forward
+                loss.backward()
+                inner[0].weight.requires_grad_(True)
+    assert_same_gradients(wrapped, plain)

@@ -79,7 +79,7 @@ class _Writable(torch.autograd.Function):
 def leaves_of(outputs: Iterable[Grad]) -> Iterator[Tensor]:
     """The leaves that a backward from ``outputs`` accumulates into."""
     for node in _walk(outputs, stops=()):
-        if _is_leaf(node):
+        if is_leaf(node):
             yield node.variable
 
 
@@ -98,7 +98,7 @@ def towers_behind(tensors: Iterable[Tensor], tower_of: dict[int, int], known: di
         if node in known:
             towers |= known[node]
             continue
-        if _is_leaf(node):
+        if is_leaf(node):
             if id(node.variable) not in tower_of:  # trained outside of the module, by every tower
                 continue
             towers.add(tower_of[id(node.variable)])
@@ -117,7 +117,7 @@ def leads_to(output: Grad, leaves: Iterable[Tensor]) -> bool:
     """
     missing = {id(leaf) for leaf in leaves if leaf is not output}
     for node in _walk([output], stops=()):
-        if _is_leaf(node):
+        if is_leaf(node):
             missing.discard(id(node.variable))
         if not missing:
             return True
@@ -162,7 +162,7 @@ def branches(columns: Sequence[Sequence[Grad]]) -> list[Branch]:
                 continue
             if _is_opaque(node):
                 opaque.add(index)
-            if _is_leaf(node):
+            if is_leaf(node):
                 leaves[index].add(id(node.variable))
             if not _is_end(node):
                 new.append(node)
@@ -178,7 +178,7 @@ def branches(columns: Sequence[Sequence[Grad]]) -> list[Branch]:
 
 def _is_end(node: Any) -> bool:
     """Whether a node is a leaf's, and may be come to more than once: it saves nothing, and no hook looks at the sum."""
-    leaf = node.variable if _is_leaf(node) else node.output() if _is_writable(node) else None
+    leaf = node.variable if is_leaf(node) else node.output() if _is_writable(node) else None
     return leaf is not None and not leaf._backward_hooks
 
 
@@ -203,7 +203,8 @@ def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:
             pending.extend(following for following, _ in node.next_functions)
 
 
-def _is_leaf(node: Any) -> bool:
+def is_leaf(node: Any) -> bool:
+    """Whether a node accumulates into a leaf, its ``variable``."""
     return type(node).__name__ == "AccumulateGrad"  # an autograd function may have a variable, too
 
 

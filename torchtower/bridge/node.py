@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from torchtower.bridge.graphs import is_leaf
 from torchtower.bridge.hooks import spare_hooks_of_outputs
 from torchtower.reduction import Grad
 
@@ -133,8 +134,9 @@ class Asked:
         return [_is_executed(node) is not False for node in self._inputs()]
 
     def accumulated(self, count: int) -> list[bool]:
-        """Which of the first ``count`` inputs, all leaves, are about to be accumulated into."""
-        return [_is_executed(node) is True for node in self._inputs()[:count]]
+        """Which of the first ``count`` inputs are about to be accumulated into: leaves that are not frozen by now."""
+        nodes = self._inputs()[:count]
+        return [is_leaf(node) and node.variable.requires_grad and _is_executed(node) is True for node in nodes]
 
     def _inputs(self) -> list[Any]:
         return [node for node, _ in self._node.next_functions[1:]]
