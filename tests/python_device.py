@@ -1,7 +1,6 @@
 """Two devices made in Python, whose tensors are a subclass that wraps CPU tensors and has no memory of its own.
 
-After the idea of PyTorch's own test/test_privateuseone_python_backend.py. Importing this makes it the process's
-accelerator for good.
+After the idea of PyTorch's own test/test_privateuseone_python_backend.py.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ aten = torch.ops.aten
 class _Module(_DummyBackendModule):
     def device_count(self) -> int:
         return 2
-
-
-_setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 
 
 class OnDevice(Tensor):
@@ -85,10 +81,14 @@ def _making(op: Any) -> Any:
     return make
 
 
-_library = torch.library.Library("aten", "IMPL")
-_library.impl("empty.memory_format", _making(aten.empty.memory_format), "PrivateUse1")
-_library.impl("empty_strided", _making(aten.empty_strided.default), "PrivateUse1")
-_library.impl("_copy_from", _copy_from, "PrivateUse1")
+def register() -> torch.library.Library:
+    """Make these the process's accelerator, for as long as what is returned is held."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _making(aten.empty.memory_format), "PrivateUse1")
+    library.impl("empty_strided", _making(aten.empty_strided.default), "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    return library
 
 
 def moved(module: torch.nn.Module) -> torch.nn.Module:

@@ -41,9 +41,10 @@ TRAINING = """
 import copy
 import torch
 from torch import nn
-from tests.python_device import moved
+from tests.python_device import moved, register
 from torchtower import TowerParallel
 
+library = register()
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)).double()
 x, y = torch.randn(7, 3).double(), torch.randn(7, 2).double()
