@@ -222,11 +222,13 @@ class Bridge:
                 totals = self._sum_over_towers(plan.held.with_kept(parameters, local, family.weights, accumulated))
             else:
                 plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)
-            others = [not is_chosen for is_chosen in accumulated]
-            local = [[g if o else None for g, o in zip_longest(grads, others, fillvalue=True)] for grads in local]
+            local = [[None if k else g for k, g in zip_longest(accumulated, grads)] for grads in local]
         # A gradient that went into no leaf may be somebody else's memory, the output's gradient itself for instance.
         values = join(self._inputs.ports, local, family.weights, in_place=asked.all)
-        return [value if total is None else total for total, value in zip_longest(totals, values)]
+        for index, total in enumerate(totals):
+            if total is not None:
+                values[index] = total
+        return values
 
     def _sum_over_towers(self, shares: list[list[Grad]]) -> list[Grad]:
         """Of gradients of the parameters, one list a tower."""
