@@ -180,7 +180,7 @@ class Shards:
             is_as_it_was = is_untouched if is_input else _has_no_graph
             if all([part is None or is_as_it_was(part) for part in handed]):
                 continue
-            if not is_input and any(part is not None and _has_moved(part, tensor) for part in handed):
+            if any(part is not None and _has_moved(part, tensor) for part in handed):
                 continue
             port = self._port(tensor, self._parts[key])
             if port.kind == "rows" or len(handed) == 1:

@@ -33,6 +33,7 @@ def _fill_a_column(target: Tensor, out: Tensor) -> None:
     target[:, 0] = out[:, 1]
 
 
+TURNS = [lambda target: target.t_(), lambda target: target.unsqueeze_(1)]
 WRITES: dict[str, Write] = {
     "copy_": lambda target, out: target.copy_(out),
     "add_": lambda target, out: target.add_(out),
@@ -169,7 +170,28 @@ def test_every_entry_of_a_long_list_leads_to_the_parameters() -> None:
     assert_same_gradients(wrapped, plain)
 
 
-@pytest.mark.parametrize("turn_over", [lambda target: target.t_(), lambda target: target.unsqueeze_(1)])
+@pytest.mark.parametrize("turn_over", TURNS)
+@pytest.mark.parametrize("rows", [2, 3, 4, 6])
+def test_an_input_with_a_graph_that_a_forward_turns_over_in_place_leads_back_as_before(
+    turn_over: Any, rows: int
+) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            turned = turn_over(x)
+            return self.fc(turned.t() if turned.dim() == 2 else turned.squeeze(1)).square()
+
+    plain, wrapped = twins(Net(), 2)
+    grads = []
+    for net in (plain, wrapped):
+        x = batch(rows).requires_grad_()
+        hidden = x * 2
+        (net(hidden).sum() + hidden.exp().sum()).backward()
+        grads.append(x.grad)
+    assert_close(grads[1], grads[0])
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("turn_over", TURNS)
 def test_a_tensor_that_a_forward_turns_over_in_place_has_its_memory_written_to_and_no_graph(turn_over: Any) -> None:
     class Net(OneLayer):
         def forward(self, x: Tensor, target: Tensor) -> Tensor:
