@@ -130,14 +130,18 @@ class Shards:
             key = id(tensor)
             if key not in taken:
                 parts = self._parts[key]
-                part = tensor.detach() if parts is None else parts[tower]
-                if part.device == device:
+                part = rows = tensor.detach() if parts is None else parts[tower]
+                is_here = part.device == device
+                if is_here:
                     self._aliased.add(key)
-                else:
+                # A part along another dimension than the first has gaps, where ``view`` may refuse what it takes of the
+                # whole.
+                has_gaps = self._dim and tensor.is_contiguous() and not part.is_contiguous()
+                if has_gaps or not is_here:
                     with torch.inference_mode(False):  # has a version counter then, in which writes show
-                        part = move(part, device)
+                        part = part.contiguous() if is_here else move(part, device)
                     if parts is not None:
-                        self._moved.append((key, parts[tower], part))
+                        self._moved.append((key, rows, part))
                 if (port := self._port_of.get(key)) is not None:
                     leaves[port] = part.requires_grad_()
                     part = writable(part)
@@ -180,7 +184,7 @@ class Shards:
             is_as_it_was = is_untouched if is_input else _has_no_graph
             if all([part is None or is_as_it_was(part) for part in handed]):
                 continue
-            if any(part is not None and _has_moved(part, tensor) for part in handed):
+            if any(part is not None and _has_moved(part, tensor, self._dim or 0) for part in handed):
                 continue
             port = self._port(tensor, self._parts[key])
             if port.kind == "rows" or len(handed) == 1:
@@ -217,6 +221,10 @@ def _has_no_graph(part: Tensor) -> bool:
     return not part.requires_grad or graph_of(part) is None
 
 
-def _has_moved(part: Tensor, whole: Tensor) -> bool:
+def _has_moved(part: Tensor, whole: Tensor, dim: int) -> bool:
     """Whether a forward has turned its part over in place (``t_``, ``unsqueeze_``), so that it fits no more."""
-    return part.dim() != whole.dim() or (part.device == whole.device and part.stride() != whole.stride())
+    if part.dim() != whole.dim():
+        return True
+    if any(part.shape[d] != whole.shape[d] for d in range(part.dim()) if d != dim % part.dim()):
+        return True
+    return part.device == whole.device and part.stride() != whole.stride() and not part.is_contiguous()

@@ -16,7 +16,6 @@ from tests.containers import AttributeDict, Data, Elsewhere, FrozenData
 from tests.helpers import (
     EVERY_COUNT,
     assert_close,
-    assert_go_backward_alike,
     assert_same_gradients,
     assert_trains_alike,
     batch,
@@ -353,25 +352,6 @@ def test_the_same_tensor_in_two_places_is_one_tensor_in_every_tower() -> None:
 def test_inputs_may_be_views_of_any_strides(view: Any) -> None:
     x = view(batch(8))
     assert_trains_alike(mlp(inputs=x.shape[1]), 3, x)
-
-
-@pytest.mark.parametrize("dim", [1, -1])
-def test_another_dimension_can_be_split_and_gathered(dim: int) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.weight @ x).tanh()
-
-    plain, wrapped = twins(Net(), 3, dim=dim)
-    assert_go_backward_alike(plain, wrapped, batch(3, 7, requires_grad=True))
-
-
-def test_what_has_no_rows_to_split_needs_no_dimension_to_join_along() -> None:
-    plain, wrapped = twins(nn.Linear(3, 2), 3, dim=1)
-    assert_go_backward_alike(plain, wrapped, batch(1)[0].requires_grad_())
 
 
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)

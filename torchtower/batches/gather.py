@@ -17,6 +17,7 @@ from torchtower.parts import tensors_within
 
 _VIEWS = (ItemsView, ValuesView)  # of a dict
 _JOINED = (torch.strided, torch.sparse_coo)  # layouts that torch.cat takes
+_PAD = "; pad to one length for all towers (pad_packed_sequence: total_length=x.size(1))"
 _MOST_SHOWN = 200  # characters of a value, in an error
 
 
@@ -103,7 +104,9 @@ def check_rows_fit(column: Column, dim: int) -> None:
     expected = _without(first, dim)
     for tower, part in enumerate(parts):
         if part is not first and (part.dim() != first.dim() or _without(part, dim) != expected):
-            raise ValueError(_differ(path, f"of shape {tuple(first.shape)}", tower, f"of shape {tuple(part.shape)}"))
+            words = _differ(path, f"of shape {tuple(first.shape)}", tower, f"of shape {tuple(part.shape)}")
+            is_padded = part.dim() == first.dim()
+            raise ValueError(words + (_PAD if is_padded else ""))
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -58,7 +59,19 @@ def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
     split = [size for size in sizes if size > 1]
     if not split:
         return Splits(dim, [max(sizes, default=1)])
+    if min(sizes) < 0:
+        _warn_of_whole(tensors, dim, split)
     return Splits(dim, list(even_sizes(max(split), min(num_towers, *split))))
+
+
+def _warn_of_whole(tensors: Sequence[Tensor], dim: int, rows: list[int]) -> None:
+    for tensor in tensors:
+        if tensor.dim() and size_along(tensor, dim) < 0 and not set(rows).isdisjoint(tensor.shape):
+            warnings.warn(
+                f"TowerParallel: a tensor of shape {tuple(tensor.shape)} has no dimension {dim}, along which the batch "
+                "is split, and goes to every tower whole; if it has an entry for each row, give it that dimension",
+                stacklevel=2,
+            )
 
 
 def size_along(tensor: Tensor, dim: int) -> int:
