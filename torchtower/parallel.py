@@ -315,8 +315,8 @@ class TowerParallel(Steps[Module]):
     def no_sync(self) -> Iterator[None]:
         """Within this context, backward accumulates gradients in each tower and reduces nothing.
 
-        The first backward of a forward outside of it reduces all that was kept back, together with its own, into
-        ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
+        The first backward of a forward outside of it reduces all that was kept back, together with its own and what else
+        it goes through, into ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
         stays untouched until then (with one tower nothing is kept back, and nothing of a backward with
         ``create_graph=True``). Gradients kept back are dropped by the ``zero_grad`` of an optimizer or a module that
         has the parameters; setting ``p.grad`` to None oneself does not drop them.

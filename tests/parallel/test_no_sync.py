@@ -22,6 +22,7 @@ from tests.helpers import (
     assert_same_gradients,
     batch,
     loss_in,
+    mean_of_squares_by,
     mlp,
     twins,
     wrap,
@@ -106,6 +107,44 @@ def test_an_optimizers_zero_grad_forgets_what_no_sync_kept_of_its_parameters(set
     for net in (plain, wrapped):
         net(batch(5)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("order", ["ks", "kks", "ksk", "kskk", "sk", "skk", "sks"])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_backward_through_forwards_within_and_outside_of_no_sync_reduces_all(
+    num_towers: int, style: str, order: str
+) -> None:
+    plain, wrapped = twins(mlp(), num_towers)
+    for net in (plain, wrapped):
+        losses = []
+        for step, how in enumerate(order):
+            with wrapped.no_sync() if how == "k" else nullcontext():
+                losses.append(loss_in(style, net, mean_of_squares_by, batch(5, seed=step)))
+        torch.stack(losses).sum().backward()
+    assert_same_gradients(wrapped, plain)
+    for net in (plain, wrapped):
+        net.zero_grad()
+    assert_go_backward_alike(plain, wrapped, batch(7))
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_backward_that_goes_on_from_a_forward_to_one_within_no_sync_reduces_all(num_towers: int) -> None:
+    plain, wrapped = twins(nn.Linear(3, 3), num_towers)
+    for net in (plain, wrapped):
+        with wrapped.no_sync():
+            first = net(batch(6))
+        net(first.tanh()).square().sum().backward()
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_backward_of_its_own_within_no_sync_is_kept_whatever_came_before() -> None:
+    wrapped = wrap(mlp(), 2)
+    wrapped(batch(4)).sum().backward()
+    wrapped.zero_grad()
+    with wrapped.no_sync():
+        wrapped(batch(4)).sum().backward()
+    assert all(p.grad is None for p in wrapped.parameters())
 
 
 def test_an_error_within_no_sync_leaves_the_context() -> None:

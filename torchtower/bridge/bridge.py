@@ -163,19 +163,20 @@ class Bridge:
         held, ports = family.plan.held, family.plan.ports
         family.aliases.pass_on_writes()
         parameters = main_inputs[: len(ports.all)]
+        synchronize = held.are_reduced(family.synchronize)
         accumulated: list[bool] = []
-        if held or not family.synchronize:
+        if held or not synchronize:
             accumulated = asked.accumulated(len(parameters))
         local_grads = self._local_grads(self._alive(), grads)
         keep = _autograd._get_current_graph_task_keep_graph()
         if not torch.is_grad_enabled():
-            values = self._first_order_backward(parameters, local_grads, keep, accumulated, asked)
+            values = self._first_order_backward(parameters, local_grads, keep, synchronize, accumulated, asked)
         else:
             values = self._differentiable_backward(grads, local_grads, keep, asked)
-            if held and family.synchronize:
+            if held and synchronize:
                 shares = [values[: len(parameters)], *held.kept(parameters, accumulated)]
                 values[: len(parameters)] = join(ports, shares, [1.0] * len(shares))
-        if held and family.synchronize:
+        if held and synchronize:
             held.drop(compress(parameters, accumulated))
         if any(map(is_, values, repeat(None))):
             without = [tensor for tensor, value in zip(main_inputs, values, strict=True) if value is None]
@@ -191,6 +192,7 @@ class Bridge:
         parameters: Sequence[Tensor],
         local_grads: list[list[Grad]],
         keep: bool,
+        synchronize: bool,
         accumulated: list[bool],
         asked: Asked,
     ) -> list[Grad]:
@@ -218,7 +220,7 @@ class Bridge:
             )
         totals: list[Grad] = []
         if any(accumulated):
-            if family.synchronize:  # what is kept and what has come now travel together
+            if synchronize:  # what is kept and what has come now travel together
                 totals = self._sum_over_towers(plan.held.with_kept(parameters, local, family.weights, accumulated))
             else:
                 plan.held.keep(parameters, local, family.weights, accumulated, in_place=asked.all)

@@ -29,11 +29,25 @@ class HeldGradients:
         self.synchronize = True  # whether forwards that run now have their gradients reduced, not kept
         self._towers: list[dict[int, Tensor]] = []
         self._parameters: dict[int, Tensor] = {}  # keeps them alive, so that ids stay theirs
+        self._reducing = -1  # the last backward that reduced anything, by the engine's number
         _all.add(self)
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
         return bool(self._parameters)
+
+    def are_reduced(self, synchronize: bool) -> bool:
+        """Whether the running backward reduces a forward's gradients, or has them kept.
+
+        It reduces those of all forwards once it has come to one outside of ``no_sync``.
+
+        Args:
+            synchronize: whether this forward ran outside of ``no_sync``.
+        """
+        backward = torch._C._current_graph_task_id()  # -1 where a compiler runs it
+        if synchronize:
+            self._reducing = backward
+        return synchronize or backward == self._reducing >= 0
 
     def keep(
         self,
