@@ -315,11 +315,11 @@ class TowerParallel(Steps[Module]):
     def no_sync(self) -> Iterator[None]:
         """Within this context, backward accumulates gradients in each tower and reduces nothing.
 
-        The first backward of a forward outside of it reduces all that was kept back, together with its own and what else
-        it goes through, into ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs; unlike there, ``p.grad``
-        stays untouched until then (with one tower nothing is kept back, and nothing of a backward with
-        ``create_graph=True``). Gradients kept back are dropped by the ``zero_grad`` of an optimizer or a module that
-        has the parameters; setting ``p.grad`` to None oneself does not drop them.
+        The first backward of a forward outside of it reduces all that was kept back, together with its own and what
+        else it goes through, into ``p.grad``. As in DistributedDataParallel, what counts is where the forward runs;
+        unlike there, ``p.grad`` stays untouched until then (with one tower nothing is kept back, and nothing of a
+        backward with ``create_graph=True``). Gradients kept back are dropped by the ``zero_grad`` of an optimizer or a
+        module that has the parameters; setting ``p.grad`` to None oneself does not drop them.
 
         Example:
             >>> model = TowerParallel(torch.nn.Linear(3, 2), device_ids=["cpu", "cpu"])
@@ -362,7 +362,9 @@ class TowerParallel(Steps[Module]):
 
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
         inputs, kwargs = self._moved((inputs, kwargs))
-        return self._module_here()(*inputs, **kwargs)
+        output = self._module_here()(*inputs, **kwargs)
+        stays = self.num_towers == 1 or current_tower() is not None or self.output_device == self.devices[0]
+        return output if stays else map_tensors(lambda t: move(t, self.output_device), output)
 
     def _moved(self, batch: Any) -> Any:
         main = self.devices[0]

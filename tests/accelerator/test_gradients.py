@@ -87,6 +87,17 @@ def test_outputs_lie_on_output_device(devices: list[int], output_device: int | s
     assert_same_gradients(wrapped, plain)
 
 
+@every_layout
+@pytest.mark.parametrize("output_device", [0, 1, "cpu"])
+def test_outputs_of_a_call_within_a_transform_lie_on_output_device(
+    devices: list[int], output_device: int | str
+) -> None:
+    plain, wrapped = twins(mlp(), devices, output_device=output_device)
+    out, tangent = torch.func.jvp(wrapped, (rows(5),), (rows(5),))
+    assert_same_values(out, plain(rows(5)))
+    assert out.device == tangent.device == torch.device("cpu" if output_device == "cpu" else device(int(output_device)))
+
+
 def test_no_device_ids_means_every_device() -> None:
     wrapped = TowerParallel(mlp().to("simulated:0"))
     assert [str(d) for d in wrapped.devices] == ["simulated:0", "simulated:1"]
