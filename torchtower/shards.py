@@ -92,7 +92,7 @@ class Shards:
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
-        self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
+        self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy
         self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what each tower got for a tensor, by its id
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
         for tensor in self.tensors:
@@ -129,19 +129,7 @@ class Shards:
         def take_tensor(tensor: Tensor) -> Tensor:
             key = id(tensor)
             if key not in taken:
-                parts = self._parts[key]
-                part = rows = tensor.detach() if parts is None else parts[tower]
-                is_here = part.device == device
-                if is_here:
-                    self._aliased.add(key)
-                # A part along another dimension than the first has gaps, where ``view`` may refuse what it takes of the
-                # whole.
-                has_gaps = self._dim and tensor.is_contiguous() and not part.is_contiguous()
-                if has_gaps or not is_here:
-                    with torch.inference_mode(False):  # has a version counter then, in which writes show
-                        part = part.contiguous() if is_here else move(part, device)
-                    if parts is not None:
-                        self._moved.append((key, rows, part))
+                part = self._part(tensor, tower, device)
                 if (port := self._port_of.get(key)) is not None:
                     leaves[port] = part.requires_grad_()
                     part = writable(part)
@@ -149,13 +137,31 @@ class Shards:
             return taken[key]
 
         def take_other(value: Any) -> Any:
-            if not isinstance(value, (list, dict, MutableMapping)):
-                return translate(value) if isinstance(value, LEADING) else value
-            own = copy.copy(value)
-            self._empty.setdefault(tower, []).append((value, own))
-            return own
+            if isinstance(value, (list, dict, MutableMapping)):  # an empty one, which the forward may fill
+                own = copy.copy(value)
+                self._empty.setdefault(tower, []).append((value, own))
+                return own
+            return translate(value) if isinstance(value, LEADING) else value
 
         return map_tensors(take_tensor, self._batches[tower], take_other), leaves
+
+    def _part(self, tensor: Tensor, tower: int, device: torch.device) -> Tensor:
+        """A tower's part of a tensor on its device: the tensor's own memory or, noted as such, a copy."""
+        key = id(tensor)
+        parts = self._parts[key]
+        rows = tensor.detach() if parts is None else parts[tower]
+        is_here = rows.device == device
+        if is_here:
+            self._aliased.add(key)
+        # Along another dimension than the first parts have gaps, where ``view`` may refuse what it takes of the whole.
+        has_gaps = self._dim and tensor.is_contiguous() and not rows.is_contiguous()
+        if is_here and not has_gaps:
+            return rows
+        with torch.inference_mode(False):  # has a version counter then, in which writes show
+            own = rows.contiguous() if is_here else move(rows, device)
+        if parts is not None:
+            self._moved.append((key, rows, own))
+        return own
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""
