@@ -9,7 +9,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -381,3 +381,45 @@ def test_what_else_a_module_around_the_wrapped_one_holds_may_be_lazy() -> None:
     for net in (plain, wrapped):
         net(batch(7)).square().sum().backward()
     assert_same_gradients(wrapped, plain)
+
+
+class OutOfATable(nn.Module):
+    """Has its weight from a table outside, as Pyro's modules do, into which the first forward puts it."""
+
+    table: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * OutOfATable.table.setdefault("weight", self.weight)
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_table_that_a_forward_in_a_tower_fills_first_is_told_before_the_step(
+    monkeypatch: pytest.MonkeyPatch, num_towers: int
+) -> None:
+    monkeypatch.setattr(OutOfATable, "table", {})
+    # In turn: the first tower has collected its gradients when the next one's come to its leaf.
+    wrapped = wrap(OutOfATable(), num_towers, max_concurrency=1)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"came to another tower's.*run one batch through the plain module first"
+        ):
+            wrapped(batch(6)).sum().backward()
+        assert wrapped.module.weight.grad is None
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_table_that_the_plain_module_has_filled_leads_to_the_parameter(
+    monkeypatch: pytest.MonkeyPatch, num_towers: int
+) -> None:
+    monkeypatch.setattr(OutOfATable, "table", {})
+    net = OutOfATable()
+    net(batch(1))
+    wrapped = wrap(net, num_towers)
+    for _ in range(2):
+        wrapped.zero_grad()
+        wrapped(batch(6)).sum().backward()
+        assert_close(net.weight.grad, batch(6).sum(0))
