@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from torchtower.batches.nested import map_tensors, tensors_in
+from torchtower.batches.objects import Objects
 from torchtower.batches.scatter import plan_splits, size_along
 from torchtower.bridge.aliases import Aliases
 from torchtower.bridge.graphs import graph_of, is_untouched, writable
 from torchtower.bridge.local_backward import NO_LEAF
 from torchtower.bridge.ports import Port
 from torchtower.devices import move
-from torchtower.parts import LEADING
+from torchtower.parts import ATOMS, LEADING
 
 _MOST_TOLD = 8  # tensors, in an error's note
 
@@ -95,6 +96,7 @@ class Shards:
         self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy
         self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what each tower got for a tensor, by its id
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
+        self.objects = Objects()
         for tensor in self.tensors:
             if id(tensor) not in self._parts:
                 parts = parts_of(tensor)
@@ -141,7 +143,11 @@ class Shards:
                 own = copy.copy(value)
                 self._empty.setdefault(tower, []).append((value, own))
                 return own
-            return translate(value) if isinstance(value, LEADING) else value
+            if isinstance(value, LEADING):
+                return translate(value)
+            if type(value) not in ATOMS:
+                self.objects.note(value, tower)
+            return value
 
         return map_tensors(take_tensor, self._batches[tower], take_other), leaves
 

@@ -126,6 +126,7 @@ class Towers:
             raise
         shards.pass_on_writes()
         shards.pass_on_contents()
+        shards.objects.warn()
         if self._buffers == "mean":
             pool_buffers(self._replicas, shards.rows)
         return ForwardResult(
