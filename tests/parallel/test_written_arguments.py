@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, twins
 from tests.modules import OneLayer
@@ -231,3 +233,42 @@ def test_a_tower_of_weight_zero_is_left_out_and_what_it_writes_and_keeps_is_not(
         for net, one, target, kept in zip(nets, (loss, mine), targets, lists, strict=True):
             (one + target.sin().sum() + torch.stack(kept).sum() + net.aux).backward()
         assert_same_gradients(wrapped, plain)
+
+
+def in_place_first() -> nn.Module:
+    return nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_an_input_that_a_forward_writes_into_is_in_the_graph_as_in_the_plain_module(
+    num_towers: int, num_rows: int
+) -> None:
+    plain, wrapped = twins(in_place_first(), num_towers)
+    found = []
+    for net in (plain, wrapped):
+        x = batch(num_rows, requires_grad=True)
+        hidden = x * 3
+        loss = (net(hidden) * hidden).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        grad.square().sum().backward()
+        found.append((hidden.detach(), grad.detach(), x.grad))
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected)
+    assert_same_gradients(wrapped, plain)
+
+
+def test_a_leaf_that_a_forward_writes_into_is_refused_as_by_the_plain_module() -> None:
+    for net in twins(in_place_first(), 2):
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place"):
+            net(batch(4, requires_grad=True))
+
+
+def test_an_input_that_a_forward_writes_into_dies_with_its_graph() -> None:
+    _, wrapped = twins(in_place_first(), 2)
+    hidden = batch(4, requires_grad=True) * 3
+    out = wrapped(hidden)
+    reference = weakref.ref(hidden)
+    del hidden, out
+    gc.collect()
+    assert reference() is None
