@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from torchtower.batches.nested import map_tensors, tensors_in
-from torchtower.batches.objects import Objects
 from torchtower.batches.scatter import plan_splits, size_along
 from torchtower.bridge.aliases import Aliases
-from torchtower.bridge.graphs import graph_of, is_untouched, writable
+from torchtower.bridge.graphs import graph_of, is_one_step_away, is_untouched, writable
 from torchtower.bridge.local_backward import NO_LEAF
 from torchtower.bridge.ports import Port
 from torchtower.devices import move
-from torchtower.parts import ATOMS, LEADING
+from torchtower.parts import LEADING
 
 _MOST_TOLD = 8  # tensors, in an error's note
 
@@ -93,10 +92,9 @@ class Shards:
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
-        self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy
+        self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
         self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what each tower got for a tensor, by its id
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
-        self.objects = Objects()
         for tensor in self.tensors:
             if id(tensor) not in self._parts:
                 parts = parts_of(tensor)
@@ -131,7 +129,16 @@ class Shards:
         def take_tensor(tensor: Tensor) -> Tensor:
             key = id(tensor)
             if key not in taken:
-                part = self._part(tensor, tower, device)
+                parts = self._parts[key]
+                part = tensor.detach() if parts is None else parts[tower]
+                if part.device == device:
+                    self._aliased.add(key)
+                else:
+                    with torch.inference_mode(False):  # has a version counter then, in which writes show
+                        part = move(part, device)
+                    if parts is not None:
+                        self._moved.append((key, parts[tower], part))
+                        part = part.detach()  # which a forward may turn over in place
                 if (port := self._port_of.get(key)) is not None:
                     leaves[port] = part.requires_grad_()
                     part = writable(part)
@@ -143,31 +150,9 @@ class Shards:
                 own = copy.copy(value)
                 self._empty.setdefault(tower, []).append((value, own))
                 return own
-            if isinstance(value, LEADING):
-                return translate(value)
-            if type(value) not in ATOMS:
-                self.objects.note(value, tower)
-            return value
+            return translate(value) if isinstance(value, LEADING) else value
 
         return map_tensors(take_tensor, self._batches[tower], take_other), leaves
-
-    def _part(self, tensor: Tensor, tower: int, device: torch.device) -> Tensor:
-        """A tower's part of a tensor on its device: the tensor's own memory or, noted as such, a copy."""
-        key = id(tensor)
-        parts = self._parts[key]
-        rows = tensor.detach() if parts is None else parts[tower]
-        is_here = rows.device == device
-        if is_here:
-            self._aliased.add(key)
-        # Along another dimension than the first parts have gaps, where ``view`` may refuse what it takes of the whole.
-        has_gaps = self._dim and tensor.is_contiguous() and not rows.is_contiguous()
-        if is_here and not has_gaps:
-            return rows
-        with torch.inference_mode(False):  # has a version counter then, in which writes show
-            own = rows.contiguous() if is_here else move(rows, device)
-        if parts is not None:
-            self._moved.append((key, rows, own))
-        return own
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""
@@ -180,7 +165,8 @@ class Shards:
             for key, tensor in tensors.items()
             if (parts := self._parts[key]) is not None
         ]
-        return f"along dimension {dim}: {', '.join(told[:_MOST_TOLD])}" if told else ""
+        gaps = "; such parts have gaps, as slices have (reshape takes what view may refuse)" if dim else ""
+        return f"along dimension {dim}: {', '.join(told[:_MOST_TOLD])}{gaps}" if told else ""
 
     def overwritten(self) -> list[tuple[Tensor, Port, list[Tensor | None]]]:
         """Which of the batch's tensors a forward has written into, with autograd on; what each tower has there now.
@@ -196,7 +182,13 @@ class Shards:
             is_as_it_was = is_untouched if is_input else _has_no_graph
             if all([part is None or is_as_it_was(part) for part in handed]):
                 continue
-            if any(part is not None and _has_moved(part, tensor, self._dim or 0) for part in handed):
+            if any(part is not None and _has_moved(part, tensor) for part in handed):
+                if is_input and not all([part is None or is_one_step_away(part) for part in handed]):
+                    raise ValueError(
+                        "TowerParallel: expected a forward to write into an input with a graph, or to change its shape "
+                        f"in place (unsqueeze_, t_), not both, but it has done both to one of shape "
+                        f"{tuple(tensor.shape)}; let it work on a view of that (unsqueeze, t)"
+                    )
                 continue
             port = self._port(tensor, self._parts[key])
             if port.kind == "rows" or len(handed) == 1:
@@ -233,10 +225,6 @@ def _has_no_graph(part: Tensor) -> bool:
     return not part.requires_grad or graph_of(part) is None
 
 
-def _has_moved(part: Tensor, whole: Tensor, dim: int) -> bool:
+def _has_moved(part: Tensor, whole: Tensor) -> bool:
     """Whether a forward has turned its part over in place (``t_``, ``unsqueeze_``), so that it fits no more."""
-    if part.dim() != whole.dim():
-        return True
-    if any(part.shape[d] != whole.shape[d] for d in range(part.dim()) if d != dim % part.dim()):
-        return True
-    return part.device == whole.device and part.stride() != whole.stride() and not part.is_contiguous()
+    return part.dim() != whole.dim() or (part.device == whole.device and part.stride() != whole.stride())

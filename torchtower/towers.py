@@ -18,7 +18,7 @@ from torchtower.bridge.ports import Port, Ports
 from torchtower.compiled import Compilation
 from torchtower.forward_result import ForwardResult
 from torchtower.replicas.freshness import Freshness
-from torchtower.replicas.leaf_changes import accumulate, take_gradients, take_over_data, take_over_flags
+from torchtower.replicas.leaf_changes import accumulate, check_apart, take_gradients, take_over_data, take_over_flags
 from torchtower.replicas.left_behind import drop_new_graphs, keep_what_was_assigned
 from torchtower.replicas.original import Original
 from torchtower.replicas.pooling import pool_buffers
@@ -65,6 +65,7 @@ class Towers:
         self._held = held
         self._plan_parameters()
         self._is_following = False
+        self._is_checked = False  # whether towers have been seen to use parameters of their own
         self._num_calls = 0
         self._written_to: list[nn.Module] = []  # by the main tower, since the replicas last followed
         self._compilation = Compilation(devices)
@@ -118,6 +119,9 @@ class Towers:
         try:
             with self._compilation.watch(self.module, function, shards.tensors) as in_turn:
                 outputs = self._run_jobs([job_of(t) for t in range(len(taken))], shards.devices, in_turn)
+            if not self._is_checked and torch.is_grad_enabled():
+                check_apart(self._replicas, outputs)
+                self._is_checked = True
         except BaseException as error:
             drop_new_graphs(self._replicas[0])
             self._written_to += keep_what_was_assigned(self._replicas[0])  # a hook that stops the forward, say
@@ -126,7 +130,6 @@ class Towers:
             raise
         shards.pass_on_writes()
         shards.pass_on_contents()
-        shards.objects.warn()
         if self._buffers == "mean":
             pool_buffers(self._replicas, shards.rows)
         return ForwardResult(

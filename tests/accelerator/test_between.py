@@ -271,6 +271,25 @@ def test_what_a_forward_writes_into_the_batch_is_written_to_all_of_it_or_nothing
         assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_rows", [6, 8])  # some towers' parts are square
+@pytest.mark.parametrize("is_written_to", [False, True])
+@every_layout
+def test_a_batch_that_a_forward_turns_over_in_place_keeps_its_rows(
+    devices: list[int], is_written_to: bool, num_rows: int
+) -> None:
+    class Turning(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            turned = x.t_()
+            if is_written_to:
+                turned.mul_(2)
+            return turned.t() * 1
+
+    _, wrapped = twins(Turning(), devices)
+    x, factor = rows(num_rows).to(device(0)), 2 if is_written_to else 1
+    assert_same_values(wrapped(x), rows(num_rows) * factor)
+    assert_same_values(x, rows(num_rows) * factor)
+
+
 @pytest.mark.parametrize("style", STYLES)
 @every_layout
 def test_what_a_forward_writes_into_a_batch_with_a_graph_is_written_to_all_of_it(

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import EVERY_COUNT, assert_close, assert_go_backward_alike, assert_same_gradients, batch, twins, wrap
-from tests.modules import OneLayer
+from tests.helpers import assert_go_backward_alike, batch, twins, wrap
 
 
 @pytest.mark.parametrize("dim", [1, -1])
@@ -22,28 +21,6 @@ def test_another_dimension_can_be_split_and_gathered(dim: int) -> None:
 
     plain, wrapped = twins(Net(), 3, dim=dim)
     assert_go_backward_alike(plain, wrapped, batch(3, 7, requires_grad=True))
-
-
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-@pytest.mark.parametrize("dim", [1, -1])
-def test_parts_along_another_dimension_than_the_first_can_be_viewed_as_the_whole_can(dim: int, num_towers: int) -> None:
-    class Net(OneLayer):
-        def forward(self, x: Tensor, scores: Tensor) -> Tensor:
-            x.view(-1).mul_(2)
-            out: Tensor = self.fc(x.t()).t()
-            scores.view(-1).copy_(out.reshape(-1))
-            return out
-
-    plain, wrapped = twins(Net(), num_towers, dim=dim)
-    found = []
-    for net in (plain, wrapped):
-        x, scores = batch(3, 7, requires_grad=True), batch(2, 7, seed=2)
-        hidden = x * 3
-        (net(hidden, scores).sum() + scores.square().sum() + hidden.square().sum()).backward()
-        found.append((hidden, scores, x.grad))
-    for got, expected in zip(*reversed(found), strict=True):
-        assert_close(got, expected)
-    assert_same_gradients(wrapped, plain)
 
 
 @pytest.mark.parametrize("shape", [(7,), (5,), ()])

@@ -138,6 +138,23 @@ def test_a_backward_that_goes_on_from_a_forward_to_one_within_no_sync_reduces_al
     assert_same_gradients(wrapped, plain)
 
 
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_backward_within_one_that_reduces_all_changes_nothing_of_that(num_towers: int) -> None:
+    plain, wrapped = twins(nn.Linear(3, 3), num_towers)
+    for net in (plain, wrapped):
+        weight = next(net.parameters())
+
+        def look(grad: Tensor, net: nn.Module = net, weight: Tensor = weight) -> None:
+            with torch.enable_grad():
+                torch.autograd.grad(net(batch(4)).sum(), weight)
+
+        with wrapped.no_sync():
+            kept = net(batch(6)) * 1
+        kept.register_hook(look)
+        (kept.sum() + net(batch(6)).sum()).backward()
+    assert_same_gradients(wrapped, plain)
+
+
 def test_a_backward_of_its_own_within_no_sync_is_kept_whatever_came_before() -> None:
     wrapped = wrap(mlp(), 2)
     wrapped(batch(4)).sum().backward()

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, twins
-from torchtower import TowerParallel
 
 
 class Headed(nn.Module):
@@ -182,37 +181,3 @@ def test_a_function_beside_a_part_of_the_module_counts_in_the_users_list_however
         out.square().sum().backward()
     assert counted[0][0] is fc and counted[0][1] == 9
     assert_same_gradients(wrapped, plain)
-
-
-class Cache:
-    """What a transformer's layers put their keys into."""
-
-    def __init__(self, *kept: Tensor) -> None:
-        self.kept = list(kept)
-        self.calls = 0
-
-
-class Keeping(nn.Module):
-    def forward(self, x: Tensor, cache: Any, put: bool) -> Tensor:
-        cache.calls += 1
-        if put:
-            cache.kept.append(x)
-        return x
-
-
-@pytest.mark.parametrize("own_scatter", [False, True])
-@pytest.mark.parametrize("put", [False, True])
-@pytest.mark.parametrize("num_towers", EVERY_COUNT)
-def test_an_object_of_all_towers_that_forwards_have_put_tensors_into_is_told(
-    recwarn: pytest.WarningsRecorder, num_towers: int, put: bool, own_scatter: bool
-) -> None:
-    class Own(TowerParallel):
-        def scatter(self, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
-            x, _, put = inputs
-            return [(part, Cache(x), put) for part in x.chunk(num_towers)], []
-
-    kind = Own if own_scatter else TowerParallel
-    kind(Keeping(), ["cpu"] * num_towers)(batch(8), Cache(batch(8)), put)
-    told = [str(warning.message) for warning in recwarn]
-    assert len(told) == (put and num_towers > 1 and not own_scatter)
-    assert all("put tensors into a Cache among its arguments, which all towers share" in words for words in told)

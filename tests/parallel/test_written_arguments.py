@@ -194,6 +194,18 @@ def test_an_input_with_a_graph_that_a_forward_turns_over_in_place_leads_back_as_
 
 
 @pytest.mark.parametrize("turn_over", TURNS)
+def test_an_input_with_a_graph_that_a_forward_turns_over_and_writes_into_is_refused(turn_over: Any) -> None:
+    class Net(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            turned = turn_over(x).mul_(2)
+            return self.fc(turned.t() if turned.dim() == 2 else turned.squeeze(1))
+
+    _, wrapped = twins(Net(), 2)
+    with pytest.raises(ValueError, match=r"to change its shape in place .*not both.* of shape \(6, 3\)"):
+        wrapped(batch(6, requires_grad=True) * 2)
+
+
+@pytest.mark.parametrize("turn_over", TURNS)
 def test_a_tensor_that_a_forward_turns_over_in_place_has_its_memory_written_to_and_no_graph(turn_over: Any) -> None:
     class Net(OneLayer):
         def forward(self, x: Tensor, target: Tensor) -> Tensor:

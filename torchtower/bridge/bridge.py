@@ -43,15 +43,7 @@ from torchtower.bridge.collect import Sender
 from torchtower.bridge.family import Family, Inputs
 from torchtower.bridge.graphs import branches, leads_to, leaves_of
 from torchtower.bridge.hooks import spare_hooks
-from torchtower.bridge.local_backward import (
-    NO_LEAF,
-    Root,
-    check_none_left,
-    local_backward,
-    local_grad,
-    requires_grad,
-    root_of,
-)
+from torchtower.bridge.local_backward import NO_LEAF, Root, local_backward, local_grad, requires_grad, root_of
 from torchtower.bridge.node import Asked, connect
 from torchtower.bridge.ports import Port, Ports, join, without_graph
 from torchtower.devices import move
@@ -220,8 +212,6 @@ class Bridge:
                 partial(local_backward, *parts, keep, sender) for parts, sender in zip(towers, senders, strict=True)
             ]
         local = plan.pool.run(jobs, family.streams, in_turn=family.in_turn, weights=family.weights)
-        if asked.all:
-            check_none_left(self._inputs.leaves)
         if collection is not None:
             collected = collection.finish(local, parameters)
             rest = [grads[len(parameters) :] for grads in local]

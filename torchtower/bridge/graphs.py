@@ -65,6 +65,12 @@ def is_untouched(tensor: Tensor) -> bool:
     return _is_writable(tensor.grad_fn)
 
 
+def is_one_step_away(tensor: Tensor) -> bool:
+    """Whether autograd knows of a single operation on what `writable` returned."""
+    following = () if tensor.grad_fn is None else tensor.grad_fn.next_functions
+    return len(following) == 1 and _is_writable(following[0][0])
+
+
 class _Writable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchtower.reduction import Grad, own
+
+_MOST_BACKWARDS = 1024  # that may have begun since one that is still under way: in other threads, or within it
 
 
 class HeldGradients:
@@ -29,7 +32,7 @@ class HeldGradients:
         self.synchronize = True  # whether forwards that run now have their gradients reduced, not kept
         self._towers: list[dict[int, Tensor]] = []
         self._parameters: dict[int, Tensor] = {}  # keeps them alive, so that ids stay theirs
-        self._reducing = -1  # the last backward that reduced anything, by the engine's number
+        self._reducing: deque[int] = deque(maxlen=_MOST_BACKWARDS)  # the engine's numbers, the last one first
         _all.add(self)
 
     def __bool__(self) -> bool:
@@ -45,9 +48,11 @@ class HeldGradients:
             synchronize: whether this forward ran outside of ``no_sync``.
         """
         backward = torch._C._current_graph_task_id()  # -1 where a compiler runs it
-        if synchronize:
-            self._reducing = backward
-        return synchronize or backward == self._reducing >= 0
+        if not synchronize:
+            return backward >= 0 and backward in self._reducing
+        if backward not in islice(self._reducing, 1):
+            self._reducing.appendleft(backward)
+        return True
 
     def keep(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -77,27 +76,6 @@ def local_backward(
         if sender is not None:
             sender.stop()
         _set_requires_grad(leaves, wanted, now)
-
-
-def check_none_left(leaves: Sequence[Sequence[Tensor]]) -> None:
-    """See that no tower's backward has come to another's leaves, once all have collected their own.
-
-    Args:
-        leaves: tower-major.
-
-    Raises:
-        RuntimeError: one has; what it has left there is dropped.
-    """
-    everyones = list(chain.from_iterable(leaves))
-    if {type(None)}.issuperset(map(type, map(attrgetter("grad"), everyones))):
-        return
-    for leaf in everyones:
-        leaf.grad = None
-    raise RuntimeError(
-        "TowerParallel: expected each tower's backward to end in its own parameters, but one came to another tower's, "
-        "which something outside of the module holds (a table of parameters, say, that a forward in a tower was the "
-        "first to fill): run one batch through the plain module first"
-    )
 
 
 def local_grad(

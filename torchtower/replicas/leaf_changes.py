@@ -1,4 +1,4 @@
-"""What forwards have done to the leaves themselves: frozen them, assigned their data, given them gradients.
+"""What forwards have done to the leaves themselves: frozen them, assigned data, given gradients, used another's.
 
 The main tower's flags and data become the user's parameters', and so does the sum over towers of the gradients that a
 backward within a forward has made.
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchtower.bridge.graphs import graph_of, towers_behind
 from torchtower.bridge.local_backward import requires_grad
 from torchtower.devices import move
+from torchtower.parts import tensors_within
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicas.replicate import Replica
 
@@ -47,6 +50,27 @@ def take_over_data(parameters: Sequence[Tensor], replicas: Sequence[Replica]) ->
             parameters[index].data = data
         for replica in replicas:
             replica.parameters.put_back(assigned)
+
+
+def check_apart(replicas: Sequence[Replica], outputs: Sequence[Any]) -> None:
+    """See that no tower has used another's parameters: gradients would be lost, or counted by the wrong weight.
+
+    Args:
+        replicas: one a tower.
+        outputs: what came out of them, one a tower that worked.
+
+    Raises:
+        RuntimeError: one has.
+    """
+    tower_of = {id(leaf): tower for tower, replica in enumerate(replicas) for leaf in replica.leaves}
+    for tower, output in enumerate(outputs):
+        tensors = [tensor for tensor in tensors_within(output) if graph_of(tensor) is not None]
+        if others := towers_behind(tensors, tower_of, {}) - {tower}:
+            raise RuntimeError(
+                f"TowerParallel: expected each tower to use its own parameters, but tower {tower} has used tower "
+                f"{min(others)}'s, which something outside of the module must have given it (a table of parameters, "
+                "say, that a forward in a tower was the first to fill); run one batch through the plain module first"
+            )
 
 
 def take_gradients(replicas: Sequence[Replica]) -> list[list[Grad]]:
