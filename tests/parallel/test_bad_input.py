@@ -34,7 +34,7 @@ DIFFERENCES = {
     "more keys": (lambda x: {"a": x}, lambda x: {"b": x, "a": x}, r"the output .*tower 1"),
     "deep inside": (lambda x: {"a": [x, (x,)]}, lambda x: {"a": [x, (x, x)]}, r"the output\['a'\]\[1\] .*tower 1"),
     "values": (lambda x: (x, 1), lambda x: (x, 2), r"the output\[1\] .*1 .*tower 1.*2"),
-    "columns": (lambda x: x, lambda x: x[:, :2], r"the output .*tower 1.*\(2, 2\); pad .*total_length=x\.size\(1\)"),
+    "columns": (lambda x: x, lambda x: x[:, :2], r"the output .*tower 1.*\(2, 2\); .*total_length"),
     "dimensions": (lambda x: [x], lambda x: [x[:, 0]], r"the output\[0\] .*tower 1.*\(2,\)"),
     "0-d or not": (lambda x: x.sum(), lambda x: x, r"the output .*tower 1.*\(2, 3\)"),
 }
