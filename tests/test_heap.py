@@ -1,8 +1,10 @@
 import platform
 
 import pytest
+import torch
 
 from tests.helpers import run_python
+from torchtower.threads.heap import keep_freed_memory
 
 STEPS = """
 import resource, torch
@@ -43,3 +45,11 @@ def test_a_step_takes_memory_that_the_last_one_has_freed():
 @needs_glibc
 def test_thresholds_of_the_users_own_stay():
     assert mapped_by_a_step(MALLOC_TRIM_THRESHOLD_="131072") > GRADIENT_BYTES
+
+
+def test_where_there_is_no_memory_to_free_nothing_happens(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "UntypedStorage", refuse)
+    keep_freed_memory.__wrapped__()

@@ -197,6 +197,25 @@ model(torch.ones(4, 3))
 """, 30)  # fmt: skip
 
 
+def test_a_profiler_may_run_after_towers_were_broken_into() -> None:
+    passes("""
+class Endless(Slow):
+    goes_on = True
+    def forward(self, x):
+        while self.goes_on:
+            pass
+        return self.fc(x)
+model = towers(Endless(0), 2)
+interrupt_after(0.3, 0.3)
+expect_interrupt(lambda: model(torch.ones(4, 3)))
+model.module.goes_on = False
+for watch in (sys.setprofile, sys.settrace):
+    watch(lambda *event: None)
+    model(torch.ones(4, 3)).sum().backward()
+    watch(None)
+""", 30)  # fmt: skip
+
+
 def test_towers_that_are_broken_into_give_back_the_turn_of_forward_mode() -> None:
     passes("""
 from torch.func import jvp

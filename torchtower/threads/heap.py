@@ -13,6 +13,7 @@ nothing then. Other allocators take no notice.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 
 import torch
 
@@ -22,4 +23,5 @@ _LARGEST_BYTES = 31 << 20  # that glibc learns from: 32 MB, the block's header i
 @functools.cache
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees, from now on, in the whole process; see Note [Freed memory]."""
-    torch.UntypedStorage(_LARGEST_BYTES, device="cpu")
+    with suppress(RuntimeError):  # no memory left for it
+        torch.UntypedStorage(_LARGEST_BYTES, device="cpu")

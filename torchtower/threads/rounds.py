@@ -115,7 +115,7 @@ class Round:
         self._interrupt: BaseException | None = None
         self._num_interrupts = 0
         self._num_answered = 0
-        self.broken_into: set[int] = set()  # the towers that a second interrupt has struck
+        self.broken_into: set[int] = set()  # the towers that a second interrupt has struck, or is yet to strike
 
     def run(self, max_concurrency: int) -> BaseException | None:
         """Do it all; see Note [Waiting for towers].
@@ -144,8 +144,6 @@ class Round:
             if self._arrivals or self._num_started < len(self._inboxes):
                 self._advance(max_concurrency)
             self._reports.get()
-        for tower in self.broken_into:
-            _raise_in(self._begun[tower], None)
         return self._interrupt
 
     def _answer_interrupts(self) -> None:
@@ -155,7 +153,7 @@ class Round:
             for tower, thread in list(self._begun.items()):
                 if tower not in self._finished:
                     self.broken_into.add(tower)
-                    _raise_in(thread, KeyboardInterrupt)
+                    _interrupt(thread)
         self._num_answered = num_interrupts
 
     def _advance(self, max_concurrency: int) -> None:
@@ -242,10 +240,11 @@ class Round:
         return error
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Have ``error`` raised in a thread at its next step; None calls off what has not been raised yet."""
-    raised = ctypes.py_object() if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+def _interrupt(thread: int) -> None:
+    """Have KeyboardInterrupt raised in a thread at its next step."""
+    # Never called off, though the thread may have come to its end: Python 3.11 then looks for it at every step of every
+    # thread, and never leaves off where a profiler or a tracer runs.
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
 
 def name_tower(error: BaseException, tower: int, device: object) -> None:

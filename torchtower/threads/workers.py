@@ -60,7 +60,7 @@ class TowerPool:
         self._last_round_s = 0.0
         self.has_met = False  # whether the towers of the last round exchanged anything
         self.took_turns = False  # whether these worked one after the other
-        self.was_broken_into = False  # whether the last round was, which may have left anything behind
+        self._broken_into: set[int] = set()  # the towers that were, in the last round
         self._closed = False
         self.is_running = False
         self._guard = threading.RLock()  # of the threads, while nothing is waited for; the collector may close anywhere
@@ -129,6 +129,7 @@ class TowerPool:
             send_team_home(self._last_round_s)
             began_s = time.perf_counter()
             round_ = Round(inboxes, do, weights)
+            self._broken_into = round_.broken_into
             run = functools.partial(round_.run, 1 if in_turn else self.max_concurrency)
             interrupt = without_parametrization_cache(run)
         finally:
@@ -136,8 +137,7 @@ class TowerPool:
         self.has_met, self.took_turns = round_.has_met, in_turn
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
-        self.was_broken_into = bool(round_.broken_into)
-        if self.was_broken_into:  # who knows what state a thread is in
+        if self.was_broken_into:
             leave_levels()
         if self._closed or self.was_broken_into:  # closed: the backward of an output that has outlived the wrapper
             self._end_threads()
@@ -149,11 +149,18 @@ class TowerPool:
                 del error, interrupt
         return round_.results
 
+    @property
+    def was_broken_into(self) -> bool:
+        """Whether the last round was, which may have left anything behind."""
+        return bool(self._broken_into)
+
     def tower_here(self) -> int | None:
         """The index of the tower whose thread this is, if it is one of this pool's."""
         return next((tower for tower, thread in enumerate(self._threads) if thread.is_current()), None)
 
     def _started(self) -> list[_TowerThread]:
+        if self.was_broken_into:  # where a signal came before they were ended
+            self._end_threads()
         if not self._threads:
             settle_first_calls(self.devices)
             own = torch.get_num_threads()
@@ -229,7 +236,8 @@ class _TowerThread:
 def _stop(threads: Sequence[_TowerThread]) -> None:
     """End threads once their work is done: all are told first, as a signal may break off the waiting."""
     for thread in threads:
-        thread.inbox.put(None)
+        for _ in range(2):  # an interrupt that is yet to strike may have it lose one
+            thread.inbox.put(None)
     for thread in threads:
         thread.join()
 
