@@ -139,10 +139,10 @@ class Round:
 
     def _run(self, max_concurrency: int) -> BaseException | None:
         while len(self._finished) < len(self._inboxes):
+            if self._arrivals or self._num_started < len(self._inboxes):
+                self._advance(max_concurrency)  # turns away who waits at a gate, before all others are broken into
             if self._num_answered < self._num_interrupts:
                 self._answer_interrupts()
-            if self._arrivals or self._num_started < len(self._inboxes):
-                self._advance(max_concurrency)
             self._reports.get()
         return self._interrupt
 
@@ -150,10 +150,15 @@ class Round:
         """From the second one on, break into the towers that work, each time anew: they may have held out."""
         num_interrupts = self._num_interrupts
         if num_interrupts > 1:
-            for tower, thread in list(self._begun.items()):
+            raise_in, error = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.py_object(KeyboardInterrupt)
+            threads = [(tower, ctypes.c_ulong(thread)) for tower, thread in list(self._begun.items())]
+            # Nothing may be called between the look and the blow: a tower that has finished meanwhile would wait for
+            # work with the blow before it. Python 3.11 then looks for it at every step of every thread, whether it is
+            # called off or not, and never leaves off where a profiler or a tracer runs.
+            for tower, thread in threads:
+                self.broken_into.add(tower)
                 if tower not in self._finished:
-                    self.broken_into.add(tower)
-                    _interrupt(thread)
+                    raise_in(thread, error)
         self._num_answered = num_interrupts
 
     def _advance(self, max_concurrency: int) -> None:
@@ -238,13 +243,6 @@ class Round:
         self.errors.clear()
         name_tower(error, tower, devices[tower])
         return error
-
-
-def _interrupt(thread: int) -> None:
-    """Have KeyboardInterrupt raised in a thread at its next step."""
-    # Never called off, though the thread may have come to its end: Python 3.11 then looks for it at every step of every
-    # thread, and never leaves off where a profiler or a tracer runs.
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
 
 def name_tower(error: BaseException, tower: int, device: object) -> None:
