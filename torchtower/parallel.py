@@ -157,8 +157,10 @@ class TowerParallel(Steps[Module]):
 
         Raises:
             Exception: what a tower raised; its words name the tower and its device.
-            ValueError: a sparse or nested tensor or a PackedSequence among the inputs; outputs that differ in
-                structure between towers, or cannot be joined along ``dim``.
+            RuntimeError: at the first call that builds a graph, a tower has used another's parameters.
+            ValueError: a sparse or nested tensor or a PackedSequence among the inputs; one with a graph that the module
+                writes into and changes the shape of in place; outputs that differ in structure between towers, or
+                cannot be joined along ``dim``.
             TypeError: an output that holds tensors and cannot be joined (a distribution, a PackedSequence).
         """
         if self._is_alone():

@@ -105,8 +105,7 @@ def check_rows_fit(column: Column, dim: int) -> None:
     for tower, part in enumerate(parts):
         if part is not first and (part.dim() != first.dim() or _without(part, dim) != expected):
             words = _differ(path, f"of shape {tuple(first.shape)}", tower, f"of shape {tuple(part.shape)}")
-            is_padded = part.dim() == first.dim()
-            raise ValueError(words + (_PAD if is_padded else ""))
+            raise ValueError(words + (_PAD if part.dim() == first.dim() else ""))
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:

@@ -115,7 +115,7 @@ class Round:
         self._interrupt: BaseException | None = None
         self._num_interrupts = 0
         self._num_answered = 0
-        self.broken_into: set[int] = set()  # the towers that a second interrupt has struck, or is yet to strike
+        self.broken_into: set[int] = set()  # the towers that had begun when a second interrupt came
 
     def run(self, max_concurrency: int) -> BaseException | None:
         """Do it all; see Note [Waiting for towers].
