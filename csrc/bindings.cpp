@@ -12,6 +12,7 @@
 #include "chunk_plan.h"
 #include "cpu/kernels.h"
 #include "holds_only.h"
+#include "memory_of.h"
 #include "same_contents.h"
 
 namespace {
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("same_contents", &torchtower::same_contents, pybind11::arg("containers"),
         pybind11::arg("before"));
+  m.def("memory_of", &torchtower::memory_of, pybind11::arg("tensors"));
   m.def("holds_only", &torchtower::holds_only, pybind11::arg("container"), pybind11::arg("types"));
 
   using torchtower::ChunkPlan;

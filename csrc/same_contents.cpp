@@ -6,6 +6,7 @@ namespace {
 
 bool same_entries(PyObject* dict, PyObject* before) {
   if (2 * PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(before)) return false;
+  if (PyTuple_GET_SIZE(before) == 0) return true;  // as most of a module's dicts are
   Py_ssize_t position = 0;
   PyObject* key = nullptr;
   PyObject* value = nullptr;

@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 holds_only = _C.holds_only
+memory_of = _C.memory_of
 same_contents = _C.same_contents
 
 

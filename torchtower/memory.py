@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchtower import _extension
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -23,15 +23,13 @@ def is_freed(tensor: Tensor) -> bool:
     return not is_wrapper(tensor)
 
 
-def addresses_of(tensors: Sequence[Tensor]) -> list[int]:
-    """Of each tensor where it lies."""
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def memory_of(tensors: Sequence[Tensor]) -> list[Any]:
+def memory_of(tensors: list[Tensor]) -> list[Any]:
     """Of each tensor where it lies and how: ``.to()`` and ``p.data = ...`` move what it holds and keep the object."""
-    kinds = map(attrgetter("shape", "dtype"), tensors)
-    return list(zip(addresses_of(tensors), map(Tensor.stride, tensors), kinds, strict=True))
+    places = _extension.memory_of(tensors)
+    if None not in places:  # nearly always
+        return places
+    described = ((t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors)
+    return [place or each for place, each in zip(places, described, strict=True)]
 
 
 def is_wrapper(tensor: Tensor) -> bool:

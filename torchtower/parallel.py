@@ -377,8 +377,8 @@ class TowerParallel(Steps[Module]):
         return map_tensors(lambda t: move(t, main), batch)
 
     def _running(self) -> Towers:
-        towers = self._towers
-        if towers is None or towers.module is not self.module:
+        towers, module = self._towers, self._modules["module"]  # which may have been replaced
+        if towers is None or towers.module is not module:
             self.close()
             towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held, self._lock)
             # Runs when this wrapper is collected and before the interpreter exits.

@@ -7,6 +7,7 @@ missing, sparse, on another device, or followed by someone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -21,7 +22,6 @@ _PLAIN = {Tensor, nn.Parameter}
 _is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 _storage_use_count: Any = vars(torch._C)["_storage_Use_Count"]
 _address_of = attrgetter("_cdata")
-_layout_of = attrgetter("layout")
 
 
 def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, in_place: bool) -> list[Grad]:
@@ -39,8 +39,7 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
     grads: list[Any] = list(chain.from_iterable(towers))
     if len(towers) == 1 and weights[0] == 1 and _are_dense(grads):
         return list(_sum_dense([grads], weights, in_place))
-    is_usual = _PLAIN.issuperset(map(type, grads)) and not _have_zeros(towers[0])
-    if is_usual and not _are_followed(grads, in_place):
+    if _PLAIN.issuperset(map(type, grads)) and not _are_followed(grads, in_place):
         firsts = grads[: len(towers[0])]
         out: Sequence[Any] = own(firsts) if in_place else list(map(torch.empty_like, firsts))
         try:
@@ -48,6 +47,9 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
             return list(out)
         except ValueError:
             pass  # not all dense, alike and on one device: the op looks at each before it writes, and nobody else need
+        except RuntimeError as error:
+            if "ZeroTensor" not in str(error):  # which have no memory, and torch lets nobody write to
+                raise
     return _sum_each_kind(towers, weights, in_place)
 
 
@@ -112,12 +114,13 @@ def own(grads: Sequence[Tensor]) -> list[Tensor]:
     Where a parameter is looked at (``bias[None]``), the engine leaves in its leaf a view of what has come: of the
     gradient that the user has given, of an input's or of another parameter's.
     """
-    if {Tensor}.issuperset(map(type, grads)) and {torch.strided}.issuperset(map(_layout_of, grads)):
-        storages = list(map(Tensor.untyped_storage, grads))
-        uses = map(_storage_use_count, map(_address_of, storages))
-        # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
-        if max(uses, default=0) <= 2 and all(map(torch.UntypedStorage.resizable, storages)):  # nearly always
-            return list(grads)
+    if {Tensor}.issuperset(map(type, grads)):
+        with suppress(NotImplementedError):  # sparse ones have none
+            storages = list(map(Tensor.untyped_storage, grads))
+            uses = map(_storage_use_count, map(_address_of, storages))
+            # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
+            if max(uses, default=0) <= 2 and all(map(torch.UntypedStorage.resizable, storages)):  # nearly always
+                return list(grads)
     return [grad.clone() if _is_shared(grad) else grad for grad in grads]
 
 

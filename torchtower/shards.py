@@ -25,7 +25,7 @@ from torchtower.bridge.graphs import graph_of, is_one_step_away, is_untouched, w
 from torchtower.bridge.local_backward import NO_LEAF
 from torchtower.bridge.ports import Port
 from torchtower.devices import move
-from torchtower.parts import LEADING
+from torchtower.parts import ATOMS, LEADING
 
 _MOST_TOLD = 8  # tensors, in an error's note
 
@@ -146,6 +146,8 @@ class Shards:
             return taken[key]
 
         def take_other(value: Any) -> Any:
+            if type(value) in ATOMS:
+                return value
             if isinstance(value, (list, dict, MutableMapping)):  # an empty one, which the forward may fill
                 own = copy.copy(value)
                 self._empty.setdefault(tower, []).append((value, own))

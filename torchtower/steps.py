@@ -82,7 +82,7 @@ class Steps(nn.DataParallel[Module]):
                 )
 
     def _overrides(self, step: str) -> bool:
-        return getattr(getattr(self, step), "__func__", None) is not getattr(Steps, step)
+        return step in self.__dict__ or getattr(type(self), step) is not getattr(Steps, step)
 
     def _scattered(self, inputs: Any, kwargs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What an own ``scatter`` makes of a batch: each tower's inputs, and its keyword inputs.

@@ -215,6 +215,25 @@ def test_data_that_a_forward_assigns_in_inference_mode_are_trained_on(num_towers
     assert all(parameter.requires_grad for parameter in wrapped.parameters())
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_view_of_its_own_data_that_a_forward_assigns_is_kept(num_towers: int) -> None:
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(9.0, dtype=torch.float64).view(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = self.weight.data.t()
+            return x @ self.weight
+
+    plain, wrapped = twins(Turning(), num_towers)
+    for step in range(3):
+        for net in (plain, wrapped):
+            net(batch(8, seed=step)).square().sum().backward()
+        assert_close(wrapped.module.weight, plain.weight)
+        assert_same_gradients(wrapped, plain)
+
+
 def test_data_that_only_another_tower_assigns_are_dropped() -> None:
     class Net(OneLayer):
         def forward(self, x: Tensor) -> Tensor:

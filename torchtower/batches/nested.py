@@ -11,7 +11,6 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
-from itertools import chain
 from operator import is_
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +23,17 @@ from torchtower.parts import ATOMS, is_record
 
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor of a nested structure, in the order in which `map_tensors` meets them."""
+    found: list[Tensor] = []
+    _add_tensors_in(value, found)
+    return found
+
+
+def _add_tensors_in(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return [value]
-    return list(chain.from_iterable(map(tensors_in, children_of(value) or ())))
+        found.append(value)
+    else:
+        for child in children_of(value) or ():
+            _add_tensors_in(child, found)
 
 
 def map_tensors(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtower.memory import addresses_of, is_wrapper, memory_of
+from torchtower.memory import is_wrapper, memory_of
 from torchtower.replicas.original import Original
 from torchtower.replicas.remote import RemoteStorage
 
@@ -28,6 +28,7 @@ class Leaves:
         self._remote = None if aliases else RemoteStorage(device)
         self._parameters: list[Tensor] = []  # the original's, when the leaves were made
         self._memory: list[Any] = []  # of each of these, then
+        self._own_memory: list[Any] = []  # of the leaves, since then
 
     def make(self) -> None:
         """Make leaves of new parameters, and of those that have been moved; keep the others."""
@@ -51,14 +52,14 @@ class Leaves:
             leaves.append(leaf)
         self.all, self._parameters, self._memory = leaves, parameters, memory
         self._storages = storages
-        self._addresses = addresses_of(leaves)
+        self._own_memory = memory_of(leaves)
 
     def moved(self) -> list[int]:
         """Indices of leaves that a forward has given other data (``self.weight.data = ...``)."""
-        addresses = addresses_of(self.all)
-        if addresses == self._addresses:
+        memory = memory_of(self.all)
+        if memory == self._own_memory:
             return []
-        return [i for i, (now, then) in enumerate(zip(addresses, self._addresses, strict=True)) if now != then]
+        return [i for i, (now, then) in enumerate(zip(memory, self._own_memory, strict=True)) if now != then]
 
     def put_back(self, assigned: Container[int]) -> None:
         """Let leaves have the storage again that follows the original's parameter.
@@ -70,7 +71,7 @@ class Leaves:
         for index in self.moved():
             if self._remote is None or index not in assigned:
                 self.all[index].data = self._storages[index].detach()
-        self._addresses = addresses_of(self.all)
+        self._own_memory = memory_of(self.all)
 
     def refresh(self, stale: bool) -> None:
         """Bring storage of this replica's own up to date; see `torchtower.replicas.remote.RemoteStorage.refresh`."""

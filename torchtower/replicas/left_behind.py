@@ -48,13 +48,19 @@ class LeftBehind:
         self._kept = _kept_outside(original, replicas, leaves, filled)
         self._turned = with_new_graph(self._main)
         links = _written_links(self._main)
+        self._overwritten: list[tuple[Tensor, Tensor]] = []
+        self._known: list[tuple[Tensor, Any]] = []
+        self._tensors: list[tuple[int, Tensor]] = []  # that have a graph, and whose
+        self._crossing: list[tuple[int, Tensor]] = []
+        if not (self._written or self._kept or self._turned or links):  # nearly always
+            return
         self._overwritten = [*[(base, base) for base in _bases(self._turned)], *links]
         self._known = [*_sources(self._main), *links] if self._written else []
         known = [*self._known, *[(buffer, buffer) for buffer in self._turned]]
         left = [(0, tensor) for tensor in _new_with_graph(self._main, self._written, known)]
         kept = [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
         overwritten = [(0, local) for local, _ in self._overwritten if local.requires_grad]
-        self._tensors = left + kept  # that have a graph, and whose
+        self._tensors = left + kept
         self._crossing = self._tensors + overwritten
 
     def columns(self, num_towers: int) -> list[tuple[Port, list[Grad]]]:

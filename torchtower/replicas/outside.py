@@ -87,6 +87,8 @@ class Outside:
                 self._roots.append(holder)
 
     def _kept(self) -> Iterator[tuple[Slot, list[Tensor]]]:
+        if not (self._roots or self._apart or self._globals):  # nearly always: there are no hooks
+            return
         slots = [slot for root in self._roots for slot in _slots(root)]
         seen = set(map(id, self._roots))
         for attributes in self._apart:  # which may hold anything

@@ -32,7 +32,7 @@ class RemoteStorage:
         self._laid_out: list[Any] = []
         self._storages: list[Tensor] = []
 
-    def lay_out(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+    def lay_out(self, parameters: list[Tensor]) -> list[Tensor]:
         """Make room for ``parameters``, each with its own strides; what is in the room comes with `refresh`.
 
         The room stays where they are the same, as alike, as last time.

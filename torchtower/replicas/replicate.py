@@ -241,7 +241,10 @@ class Replica:
         if self._links:
             stale.update((id(module), module) for module in modules if id(module) in self._links)
         self._link_of.clear()  # all are made anew
-        stale.update((id(modules[index]), modules[index]) for index in self._touched.union(self._own.changed()))
+        touched = self._touched.union(self._own.changed())
+        if not stale and not touched:  # nearly always
+            return
+        stale.update((id(modules[index]), modules[index]) for index in touched)
         for module in stale.values():
             self._pair_hook_dicts(module, self.twin_of(module))
         for module in stale.values():
@@ -286,6 +289,8 @@ class Replica:
         found = []
         taken: set[int] = set()  # a container may be in several modules
         self._touched.update(self._own.changed())
+        if not self._touched:  # nearly always
+            return []
         for index in sorted(self._touched):
             module = self._original.modules[index]
             self._put_back_dicts(module)

@@ -40,28 +40,37 @@ Result = TypeVar("Result")
 _KEY_NAME = "TESTING_ONLY_GenericMode"
 _install_lock = threading.RLock()
 _locks: dict[torch.device, threading.Lock] = {}  # of the default generators
-_local = threading.local()
+
+
+class _Here(threading.local):
+    """What draws in this thread come from."""
+
+    generators: Any = None  # a tower's, of the job that it does or has done last: a collector may draw between two
+    borrowed: torch.device | None = None  # whose default generator stands for this tower's
+    is_intercepted = False  # whether this thread's draws come here at all
+
+
+_local = _Here()
 _libraries: list[Any] = []
 
 
 def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result:
     """Do ``work`` while this thread's random operators draw from ``generators``."""
-    key = _intercept_draws_once()  # a pool has had them intercepted
-    if not _libraries:  # the interpreter exits, and torch ends these: towers draw from the default generator
-        return work()
+    # Once they are intercepted in this thread, they stay so; the interpreter's exit alone ends it, for torch ends the
+    # libraries then: towers draw from the default generator.
+    if _local.is_intercepted is not bool(_libraries):
+        torch._C._dispatch_tls_set_dispatch_key_included(_intercept_draws_once(), bool(_libraries))
+        _local.is_intercepted = bool(_libraries)
     _local.generators, _local.borrowed = generators, None
-    torch._C._dispatch_tls_set_dispatch_key_included(key, True)
     try:
         return work()
     finally:
-        torch._C._dispatch_tls_set_dispatch_key_included(key, False)
-        _local.generators = None
         generators.note_draws()
 
 
 def _cpu_generator_here() -> torch.Generator:
     """In a tower's thread, that tower's CPU generator, elsewhere the default one."""
-    generators = getattr(_local, "generators", None)
+    generators = _local.generators
     return torch.default_generator if generators is None else generators.on(torch.device("cpu"))
 
 
@@ -91,7 +100,7 @@ class _DefaultGeneratorsOfThread(Sequence[torch.Generator]):
         return len(self.real)
 
     def __getitem__(self, index: Any) -> Any:
-        generators = getattr(_local, "generators", None)
+        generators = _local.generators
         if generators is None or not isinstance(index, int):
             return self.real[index]
         return generators.on(torch.device(self._device_type, range(len(self.real))[index]))
@@ -187,7 +196,7 @@ def _given(device: Any) -> tuple[Any, ...]:
 @contextmanager
 def _own_generator(device_type: str, which: Any) -> Iterator[Generator]:
     """In a tower's thread, its generator on a device, which nobody else borrows meanwhile; elsewhere None."""
-    generators = getattr(_local, "generators", None)
+    generators = _local.generators
     if generators is None:
         yield None
         return
