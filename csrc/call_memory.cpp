@@ -20,6 +20,7 @@ const void* Call::as_laid_out(const TensorView& grad, const TensorView& layout) 
 
 std::string Call::find_overlap(bool exact) const {
   std::vector<Extent> outs;
+  outs.reserve(num_parameters());
   for (int64_t p = 0; p < num_parameters(); ++p) {
     const Placement out = placement(out_views_[p], out_data_[p]);
     if (exact) {

@@ -59,6 +59,10 @@ void Call::normalise_weights() {
 
 void Call::read_outputs() {
   const NoGradGuard no_grad;
+  out_views_.reserve(out_.size());
+  out_data_.reserve(out_.size());
+  layouts_.reserve(out_.size());
+  parameters_.reserve(out_.size());
   for (int64_t p = 0; p < out_.size(); ++p) {
     const TensorView out(out_[p]);
     if (p == 0) {

@@ -3,25 +3,26 @@
 #include <algorithm>
 #include <limits>
 #include <sstream>
+#include <string>
 
 namespace torchtower {
 
 std::string describe_bad_weights(const std::vector<double>& weights) {
   if (weights.empty()) return "expected a weight for each tower, but got none";
-  std::ostringstream message;
   for (size_t t = 0; t < weights.size(); ++t) {
     // Most dtypes are multiplied in float32, where a larger one would be infinite.
     if (!(weights[t] >= 0 && weights[t] <= std::numeric_limits<float>::max())) {
+      std::ostringstream message;
       message << "expected every weight to be at least 0 and finite in float32, but tower " << t
               << "'s is " << weights[t];
       return message.str();
     }
   }
   if (std::all_of(weights.begin(), weights.end(), [](double w) { return w == 0; })) {
-    message << "expected a tower with a weight above 0, but all " << weights.size()
-            << " weights are 0";
+    return "expected a tower with a weight above 0, but all " + std::to_string(weights.size()) +
+           " weights are 0";
   }
-  return message.str();
+  return "";
 }
 
 NormalWeights normalise(const std::vector<double>& weights) {

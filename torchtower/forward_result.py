@@ -37,7 +37,7 @@ class ForwardResult:
         replicas: one a tower; some of the last ones may have had nothing to do.
         shards: on what they ran.
         outputs: one a tower that worked.
-        leaves: the shards' leaves, tower-major.
+        streams: on which they ran.
         note_written: told of the modules that the main tower wrote to.
         call: the number of this call among those of the wrapper.
     """
@@ -49,7 +49,7 @@ class ForwardResult:
         replicas: Sequence[Replica],
         shards: Shards,
         outputs: list[Any],
-        leaves: list[list[Tensor]],
+        streams: Streams,
         note_written: Callable[[Iterable[nn.Module]], None],
         call: int,
     ) -> None:
@@ -60,7 +60,7 @@ class ForwardResult:
         self.outputs = outputs
         self.towers_met = plan.pool.has_met
         self._in_turn = plan.pool.took_turns
-        self._leaves = leaves
+        self._streams = streams
         self._note_written = note_written
         self._call = call
 
@@ -72,7 +72,7 @@ class ForwardResult:
     def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
         """Give ``outputs`` (tower-major) their place in the user's graph; takes over what the main tower wrote."""
         plan, shards = self._plan, self._shards
-        left_behind = LeftBehind(self._original, self._replicas, self._leaves, list(shards.filled.values()))
+        left_behind = LeftBehind(self._original, self._replicas, shards.leaves, list(shards.filled.values()))
         overwritten = shards.overwritten()
         more = left_behind.columns(len(outputs)) + [(port, parts) for _, port, parts in overwritten]
         all_ports = [*ports, *[port for port, _ in more]]
@@ -80,7 +80,7 @@ class ForwardResult:
         # The bridge keeps hold of what they were: the user, too, may write into them before a double backward.
         main_inputs = [held_as_is(tensor) for tensor in shards.main_inputs]
         inputs = self._inputs(main_inputs, len(outputs))
-        streams = Streams(shards.devices.union(plan.pool.devices, [port.device for port in ports]))
+        streams = self._streams.including([port.device for port in ports])
         family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn, self._call)
         values = connect_outputs(family, inputs, all_ports, local_outputs)
         begin, end = len(ports), len(all_ports) - len(overwritten)
@@ -112,7 +112,7 @@ class ForwardResult:
         linked, link_leaves = self._links(num_towers)
         leaves = [
             [*replica.leaves, *links, *own]
-            for replica, links, own in zip(self._replicas, link_leaves, self._leaves, strict=False)
+            for replica, links, own in zip(self._replicas, link_leaves, self._shards.leaves, strict=False)
         ]
         parameters = self._original.parameters
         ports = self._plan.ports

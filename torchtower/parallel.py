@@ -301,7 +301,7 @@ class TowerParallel(Steps[Module]):
                 warn_of_backward()
             pairs = [loss_and_weight(output, t) for t, output in enumerate(result.outputs)]
             check_alike(pairs)
-            check_leads_to_replicas(loss_fn, pairs[0][0], self.module, towers.main_leaves, self._checked)
+            check_leads_to_replicas(loss_fn, pairs[0][0], towers.module, towers.main_leaves, self._checked)
             mean = mean_over_towers(result, pairs, self.devices[0])
         self.tower_losses = [loss.detach() for loss, _ in pairs]
         return mean

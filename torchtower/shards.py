@@ -89,6 +89,7 @@ class Shards:
         self.main_inputs: list[Tensor] = []
         self.filled: dict[int, Any] = {}  # by id, containers of the batch that a forward has put something into
         self.ports: list[Port] = []
+        self.leaves: list[list[Tensor]] = [[] for _ in rows]  # of each tower that has taken its shard, one a port
         self._parts: dict[int, list[Tensor] | None] = {}
         self._port_of: dict[int, int] = {}
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
@@ -112,18 +113,15 @@ class Shards:
             return Port("shared", tensor.device)
         return Port("rows", tensor.device, tuple(part.shape[self._dim] for part in parts), self._dim)
 
-    def take(self, tower: int, device: torch.device, translate: Callable[[Any], Any]) -> tuple[Any, list[Tensor]]:
-        """Tower ``tower``'s shard on its device.
+    def take(self, tower: int, device: torch.device, translate: Callable[[Any], Any]) -> Any:
+        """Tower ``tower``'s shard on its device; its leaves are noted in `leaves`.
 
         Args:
             tower: which.
             device: where to.
             translate: what leads to the user's module to what leads to the tower's.
-
-        Returns:
-            The shard, and its leaves in the order of `ports`.
         """
-        leaves = [NO_LEAF] * len(self.ports)
+        leaves = self.leaves[tower] = [NO_LEAF] * len(self.ports)
         taken = self._handed[tower]
 
         def take_tensor(tensor: Tensor) -> Tensor:
@@ -154,7 +152,7 @@ class Shards:
                 return own
             return translate(value) if isinstance(value, LEADING) else value
 
-        return map_tensors(take_tensor, self._batches[tower], take_other), leaves
+        return map_tensors(take_tensor, self._batches[tower], take_other)
 
     def told(self) -> str:
         """How the batch was split, in words: what should have stayed whole is then plain to see; "" if it was not."""

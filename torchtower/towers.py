@@ -103,22 +103,20 @@ class Towers:
         self.pool.share_out_cores()
         self._follow()
         self._num_calls += 1
-        taken: list[list[Tensor]] = [[] for _ in shards.rows]
+        streams = Streams(shards.devices.union(self.pool.devices))
 
         def job_of(tower: int) -> Callable[[], Any]:
             replica = self._replicas[tower]
 
             def job() -> Any:
-                shard, leaves = shards.take(tower, replica.device, replica.translate)
-                taken[tower] = leaves
-                return call(replica.module, shard)
+                return call(replica.module, shards.take(tower, replica.device, replica.translate))
 
             return job
 
         self._original.outside.remember()
         try:
             with self._compilation.watch(self.module, function, shards.tensors) as in_turn:
-                outputs = self._run_jobs([job_of(t) for t in range(len(taken))], shards.devices, in_turn)
+                outputs = self._run_jobs([job_of(t) for t in range(len(shards.rows))], streams, in_turn)
             if not self._is_checked and torch.is_grad_enabled():
                 check_apart(self._replicas, outputs)
                 self._is_checked = True
@@ -138,12 +136,12 @@ class Towers:
             self._replicas,
             shards,
             outputs,
-            leaves=taken,
+            streams,
             note_written=self._written_to.extend,
             call=self._num_calls,
         )
 
-    def _run_jobs(self, jobs: list[Callable[[], Any]], devices: set[torch.device], in_turn: bool) -> list[Any]:
+    def _run_jobs(self, jobs: list[Callable[[], Any]], streams: Streams, in_turn: bool) -> list[Any]:
         if take_gradients(self._replicas) and not self.pool.was_broken_into:
             raise RuntimeError(
                 "TowerParallel: expected gradients to reach the parameters through outputs, attributes or what hooks "
@@ -151,12 +149,12 @@ class Towers:
                 "elsewhere (in a class attribute, say), and its gradients are lost; return that tensor"
             )
         try:
-            outputs = self.pool.run(jobs, Streams(devices.union(self.pool.devices)), in_turn=in_turn)
+            outputs = self.pool.run(jobs, streams, in_turn=in_turn)
         finally:
             parameters = self._original.parameters
             inner_gradients = take_gradients(self._replicas)
             self.went_backward = bool(inner_gradients)
-            if take_over_flags(parameters, self._replicas[0].leaves):
+            if take_over_flags(self._original, self._replicas[0].leaves):
                 self._plan_parameters()
                 self._original.forget()
             take_over_data(parameters, self._replicas)

@@ -55,18 +55,21 @@ def plan_splits(tensors: Sequence[Tensor], num_towers: int, dim: int) -> Splits:
                 "TowerParallel: expected tensors that can be split by rows, but got a "
                 f"{'nested' if tensor.is_nested else tensor.layout} one; pass a dense one, or make it a buffer"
             )
-    sizes = [size_along(tensor, dim) for tensor in tensors]
+    sizes = tuple([size_along(tensor, dim) for tensor in tensors])
+    if -1 in sizes:
+        _warn_of_whole(tensors, dim, {size for size in sizes if size > 1})
+    return Splits(dim, list(_rows(sizes, num_towers)))
+
+
+@functools.lru_cache
+def _rows(sizes: tuple[int, ...], num_towers: int) -> tuple[int, ...]:
     split = [size for size in sizes if size > 1]
-    if not split:
-        return Splits(dim, [max(sizes, default=1)])
-    if min(sizes) < 0:
-        _warn_of_whole(tensors, dim, split)
-    return Splits(dim, list(even_sizes(max(split), min(num_towers, *split))))
+    return even_sizes(max(split), min(num_towers, *split)) if split else (max(sizes, default=1),)
 
 
-def _warn_of_whole(tensors: Sequence[Tensor], dim: int, rows: list[int]) -> None:
+def _warn_of_whole(tensors: Sequence[Tensor], dim: int, rows: set[int]) -> None:
     for tensor in tensors:
-        if tensor.dim() and size_along(tensor, dim) < 0 and not set(rows).isdisjoint(tensor.shape):
+        if tensor.dim() and size_along(tensor, dim) < 0 and not rows.isdisjoint(tensor.shape):
             warnings.warn(
                 f"TowerParallel: a tensor of shape {tuple(tensor.shape)} has no dimension {dim}, along which the batch "
                 "is split, and goes to every tower whole; if it has an entry for each row, give it that dimension",

@@ -47,7 +47,7 @@ class Port(NamedTuple):
             value = value.to_dense()
         if self.sizes is None:
             return list(value.unbind())
-        parts = value.split_with_sizes(list(self.sizes), self.dim)
+        parts = value.split_with_sizes(self.sizes, self.dim)
         if self.kind == "written":  # undoes the weights that the way back applies
             return [part if weight == 1 else part / weight for part, weight in zip(parts, weights, strict=True)]
         return list(parts)

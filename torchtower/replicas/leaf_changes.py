@@ -19,19 +19,20 @@ from torchtower.bridge.local_backward import requires_grad
 from torchtower.devices import move
 from torchtower.parts import tensors_within
 from torchtower.reduction import Grad, weighted_sum
+from torchtower.replicas.original import Original
 from torchtower.replicas.replicate import Replica
 
 
-def take_over_flags(parameters: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+def take_over_flags(original: Original, leaves: Sequence[Tensor]) -> bool:
     """Freeze and thaw the user's parameters where the main tower's forward has frozen and thawed its own.
 
     Returns:
         Whether it has.
     """
     now = requires_grad(leaves)
-    if now == requires_grad(parameters):
+    if now == original.requires_grad:
         return False
-    for parameter, leaf, flag in zip(parameters, leaves, now, strict=True):
+    for parameter, leaf, flag in zip(original.parameters, leaves, now, strict=True):
         if not leaf.is_inference():  # which can have no flag
             parameter.requires_grad_(flag)
     return True

@@ -27,7 +27,12 @@ class Streams:
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams = list(map(torch.accelerator.current_stream, _indices(frozenset(devices))))
+        self._devices = frozenset(devices)
+        self._streams = list(map(torch.accelerator.current_stream, _indices(self._devices)))
+
+    def including(self, devices: Iterable[torch.device]) -> Streams:
+        """These and, in the thread that made these, the ones of more devices."""
+        return self if self._devices.issuperset(devices) else Streams(self._devices.union(devices))
 
     def __len__(self) -> int:
         return len(self._streams)
