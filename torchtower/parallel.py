@@ -303,7 +303,8 @@ class TowerParallel(Steps[Module]):
             check_alike(pairs)
             check_leads_to_replicas(loss_fn, pairs[0][0], towers.module, towers.main_leaves, self._checked)
             mean = mean_over_towers(result, pairs, self.devices[0])
-        self.tower_losses = [loss.detach() for loss, _ in pairs]
+        # Without nn.Module's look for parameters and modules in it, at every step.
+        self.__dict__["tower_losses"] = [loss.detach() for loss, _ in pairs]
         return mean
 
     @untraced
