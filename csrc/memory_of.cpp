@@ -58,6 +58,7 @@ pybind11::list memory_of(const pybind11::list& tensors) {
     if (view(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), &tensor) == 0) {
       places[i] = place_of(tensor);
     } else {
+      if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw pybind11::error_already_set();
       PyErr_Clear();
       places[i] = pybind11::none();
     }

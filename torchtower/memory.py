@@ -25,11 +25,13 @@ def is_freed(tensor: Tensor) -> bool:
 
 def memory_of(tensors: list[Tensor]) -> list[Any]:
     """Of each tensor where it lies and how: ``.to()`` and ``p.data = ...`` move what it holds and keep the object."""
-    places = _extension.memory_of(tensors)
-    if None not in places:  # nearly always
-        return places
-    described = ((t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors)
-    return [place or each for place, each in zip(places, described, strict=True)]
+    places: list[Any] = _extension.memory_of(tensors)
+    if None in places:  # what DLPack has no words for
+        return [
+            (tensor.data_ptr(), tensor.stride(), tensor.shape, tensor.dtype) if place is None else place
+            for tensor, place in zip(tensors, places, strict=True)
+        ]
+    return places
 
 
 def is_wrapper(tensor: Tensor) -> bool:

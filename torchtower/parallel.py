@@ -303,8 +303,7 @@ class TowerParallel(Steps[Module]):
             check_alike(pairs)
             check_leads_to_replicas(loss_fn, pairs[0][0], towers.module, towers.main_leaves, self._checked)
             mean = mean_over_towers(result, pairs, self.devices[0])
-        # Without nn.Module's look for parameters and modules in it, at every step.
-        self.__dict__["tower_losses"] = [loss.detach() for loss, _ in pairs]
+        self.tower_losses = [loss.detach() for loss, _ in pairs]
         return mean
 
     @untraced
@@ -378,8 +377,9 @@ class TowerParallel(Steps[Module]):
         return map_tensors(lambda t: move(t, main), batch)
 
     def _running(self) -> Towers:
-        towers, module = self._towers, self._modules["module"]  # which may have been replaced
-        if towers is None or towers.module is not module:
+        towers = self._towers
+        # It may have been replaced. The first look is where nn.Module keeps it, whose own takes ten times as long.
+        if towers is None or (towers.module is not self._modules.get("module") and towers.module is not self.module):
             self.close()
             towers = Towers(self.module, self.devices, self.max_concurrency, self.buffer_policy, self._held, self._lock)
             # Runs when this wrapper is collected and before the interpreter exits.

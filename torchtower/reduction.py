@@ -7,7 +7,6 @@ missing, sparse, on another device, or followed by someone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -114,14 +113,20 @@ def own(grads: Sequence[Tensor]) -> list[Tensor]:
     Where a parameter is looked at (``bias[None]``), the engine leaves in its leaf a view of what has come: of the
     gradient that the user has given, of an input's or of another parameter's.
     """
-    if {Tensor}.issuperset(map(type, grads)):
-        with suppress(NotImplementedError):  # sparse ones have none
-            storages = list(map(Tensor.untyped_storage, grads))
-            uses = map(_storage_use_count, map(_address_of, storages))
-            # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
-            if max(uses, default=0) <= 2 and all(map(torch.UntypedStorage.resizable, storages)):  # nearly always
-                return list(grads)
+    if {Tensor}.issuperset(map(type, grads)) and (storages := _storages_of(grads)) is not None:
+        uses = map(_storage_use_count, map(_address_of, storages))
+        # By the gradient and the storage object; of memory that is not torch's (from numpy) it cannot be told.
+        if max(uses, default=0) <= 2 and all(map(torch.UntypedStorage.resizable, storages)):  # nearly always
+            return list(grads)
     return [grad.clone() if _is_shared(grad) else grad for grad in grads]
+
+
+def _storages_of(grads: Sequence[Tensor]) -> list[Any] | None:
+    """None where one has none: a sparse one."""
+    try:
+        return list(map(Tensor.untyped_storage, grads))
+    except NotImplementedError:
+        return None
 
 
 def _is_shared(grad: Tensor) -> bool:

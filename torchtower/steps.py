@@ -82,7 +82,9 @@ class Steps(nn.DataParallel[Module]):
                 )
 
     def _overrides(self, step: str) -> bool:
-        return step in self.__dict__ or getattr(type(self), step) is not getattr(Steps, step)
+        put_here = self.__dict__.get(step)  # on this very wrapper; a method of the class's is no other step
+        found = getattr(type(self), step) if put_here is None else getattr(put_here, "__func__", None)
+        return found is not getattr(Steps, step)
 
     def _scattered(self, inputs: Any, kwargs: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What an own ``scatter`` makes of a batch: each tower's inputs, and its keyword inputs.

@@ -157,7 +157,8 @@ class Towers:
             if take_over_flags(self._original, self._replicas[0].leaves):
                 self._plan_parameters()
                 self._original.forget()
-            take_over_data(parameters, self._replicas)
+            if take_over_data(parameters, self._replicas):
+                self._original.forget()
         if inner_gradients:
             accumulate(parameters, inner_gradients)
         return outputs

@@ -215,23 +215,47 @@ def test_data_that_a_forward_assigns_in_inference_mode_are_trained_on(num_towers
     assert all(parameter.requires_grad for parameter in wrapped.parameters())
 
 
+class Turning(nn.Module):
+    """Turns its own data at each forward, in place or into new memory."""
+
+    def __init__(self, *, copies: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(9.0, dtype=torch.float64).view(3, 3) / 9)
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = self.weight.data.t()
+        self.weight.data = turned.clone() if self.copies else turned
+        return (x @ self.weight).tanh() @ self.weight
+
+
 @pytest.mark.parametrize("num_towers", EVERY_COUNT)
 def test_a_view_of_its_own_data_that_a_forward_assigns_is_kept(num_towers: int) -> None:
-    class Turning(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.arange(9.0, dtype=torch.float64).view(3, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.weight.data = self.weight.data.t()
-            return x @ self.weight
-
     plain, wrapped = twins(Turning(), num_towers)
     for step in range(3):
         for net in (plain, wrapped):
             net(batch(8, seed=step)).square().sum().backward()
         assert_close(wrapped.module.weight, plain.weight)
         assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_an_earlier_graph_sees_data_that_a_later_forward_assigns(num_towers: int, copies: bool) -> None:
+    plain, wrapped = twins(Turning(copies=copies), num_towers)
+    for net in (plain, wrapped):
+        (net(batch(8)).sum() + net(batch(7, seed=1)).square().sum()).backward()
+    assert_same_gradients(wrapped, plain)
+
+
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_data_that_the_user_puts_back_after_a_forward_has_assigned_others_are_used(num_towers: int) -> None:
+    plain, wrapped = twins(Turning(copies=True), num_towers)
+    owns = [(inner, inner.weight.data) for inner in (plain, wrapped.module)]
+    for step in range(3):
+        assert_close(wrapped(batch(8, seed=step)), plain(batch(8, seed=step)))
+        for inner, own in owns:
+            inner.weight.data = own
 
 
 def test_data_that_only_another_tower_assigns_are_dropped() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.containers import Box
-from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, twins, wrap
+from tests.helpers import EVERY_COUNT, SEVERAL, assert_close, assert_same_gradients, batch, mlp, twins, wrap
 from tests.modules import AuxiliaryLoss, Scaled
 
 
@@ -238,6 +238,27 @@ def test_a_gradient_that_cannot_be_given_to_the_parameters_is_an_error_at_the_ne
     assert wrapped.module.fc.weight.grad is None
     wrapped(torch.ones(4, 3)).sum().backward()
     assert_close(wrapped.module.fc.weight.grad, torch.full((2, 3), 4.0))
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_what_a_forward_freezes_of_the_users_module_itself_stays_so(num_towers: int) -> None:
+    class Trainer:
+        """Leads to the module in a way that towers cannot follow."""
+
+        def __init__(self) -> None:
+            self.nets: dict[str, nn.Module] = {}
+
+        def __call__(self, module: nn.Module, args: Any) -> None:
+            self.nets["net"][0].requires_grad_(False)
+
+    nets = plain, wrapped = twins(mlp(), num_towers)
+    for net, inner in zip(nets, (plain, wrapped.module), strict=True):
+        trainer = Trainer()
+        trainer.nets["net"] = inner
+        inner.register_forward_pre_hook(trainer)
+        for step in range(2):
+            net(batch(8, seed=step)).sum().backward()
+    assert [p.requires_grad for p in wrapped.parameters()] == [p.requires_grad for p in plain.parameters()]
 
 
 @pytest.mark.parametrize("flag", [True, False])

@@ -38,19 +38,25 @@ def take_over_flags(original: Original, leaves: Sequence[Tensor]) -> bool:
     return True
 
 
-def take_over_data(parameters: Sequence[Tensor], replicas: Sequence[Replica]) -> None:
-    """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone."""
-    if any([replica.parameters.moved() for replica in replicas]):
-        main = replicas[0]
-        assigned = main.parameters.moved()
-        for index in assigned:
-            data = main.leaves[index].data
-            if data.is_inference():  # never to be trained again
-                with torch.inference_mode(False):
-                    data = data.clone()
-            parameters[index].data = data
-        for replica in replicas:
-            replica.parameters.put_back(assigned)
+def take_over_data(parameters: Sequence[Tensor], replicas: Sequence[Replica]) -> bool:
+    """Keep what the main tower's forward assigned to a parameter's ``.data``, and that alone.
+
+    Returns:
+        Whether any tower's forward has assigned some.
+    """
+    if not any([replica.parameters.moved() for replica in replicas]):
+        return False
+    main = replicas[0]
+    assigned = main.parameters.moved()
+    for index in assigned:
+        data = main.leaves[index].data
+        if data.is_inference():  # never to be trained again
+            with torch.inference_mode(False):
+                data = data.clone()
+        parameters[index].data = data
+    for replica in replicas:
+        replica.parameters.put_back(assigned)
+    return True
 
 
 def check_apart(replicas: Sequence[Replica], outputs: Sequence[Any]) -> None:

@@ -27,39 +27,36 @@ class Leaves:
         self._original = original
         self._remote = None if aliases else RemoteStorage(device)
         self._parameters: list[Tensor] = []  # the original's, when the leaves were made
-        self._memory: list[Any] = []  # of each of these, then
-        self._own_memory: list[Any] = []  # of the leaves, since then
+        self._memory: list[Any] = []  # where each leaf is to lie
 
     def make(self) -> None:
-        """Make leaves of new parameters, and of those that have been moved; keep the others."""
+        """Make leaves of new parameters, and where one lies elsewhere than it is to; keep the others."""
         parameters = self._original.parameters
-        memory = memory_of(parameters)
-        before = dict(zip(map(id, self._parameters), zip(self.all, self._memory, strict=True), strict=True))
+        lie_now = zip(self.all, memory_of(self.all), strict=True)
+        before = dict(zip(map(id, self._parameters), lie_now, strict=True))
         storages = list(parameters)
         if self._remote is not None:
             remote = [index for index, p in enumerate(parameters) if p.device == self._original.device]
             for index, storage in zip(remote, self._remote.lay_out([parameters[i] for i in remote]), strict=True):
                 storages[index] = storage
         leaves = []
-        for parameter, storage, place in zip(parameters, storages, memory, strict=True):
-            leaf, place_before = before.get(id(parameter), (None, None))
-            moved = place != place_before
-            if leaf is None or moved or (self._remote is not None and storage.data_ptr() != leaf.data_ptr()):
+        for parameter, storage, place in zip(parameters, storages, memory_of(storages), strict=True):
+            leaf, place_now = before.get(id(parameter), (None, None))
+            if leaf is None or place_now != place:
                 leaf_before, leaf = leaf, _leaf_like(parameter, storage)
                 _take_over_hooks(leaf_before, leaf)
             if leaf.requires_grad != parameter.requires_grad and not leaf.is_inference():
                 leaf.requires_grad_(parameter.requires_grad)
             leaves.append(leaf)
-        self.all, self._parameters, self._memory = leaves, parameters, memory
-        self._storages = storages
-        self._own_memory = memory_of(leaves)
+        self.all, self._parameters, self._storages = leaves, parameters, storages
+        self._memory = memory_of(leaves)
 
     def moved(self) -> list[int]:
         """Indices of leaves that a forward has given other data (``self.weight.data = ...``)."""
         memory = memory_of(self.all)
-        if memory == self._own_memory:
+        if memory == self._memory:
             return []
-        return [i for i, (now, then) in enumerate(zip(memory, self._own_memory, strict=True)) if now != then]
+        return [i for i, (now, then) in enumerate(zip(memory, self._memory, strict=True)) if now != then]
 
     def put_back(self, assigned: Container[int]) -> None:
         """Let leaves have the storage again that follows the original's parameter.
@@ -71,7 +68,7 @@ class Leaves:
         for index in self.moved():
             if self._remote is None or index not in assigned:
                 self.all[index].data = self._storages[index].detach()
-        self._own_memory = memory_of(self.all)
+        self._memory = memory_of(self.all)
 
     def refresh(self, stale: bool) -> None:
         """Bring storage of this replica's own up to date; see `torchtower.replicas.remote.RemoteStorage.refresh`."""

@@ -55,12 +55,13 @@ _libraries: list[Any] = []
 
 
 def draw_from(generators: TowerGenerators, work: Callable[[], Result]) -> Result:
-    """Do ``work`` while this thread's random operators draw from ``generators``."""
+    """Do ``work`` with this thread's random operators drawing from ``generators``, from now on until the next call."""
     # Once they are intercepted in this thread, they stay so; the interpreter's exit alone ends it, for torch ends the
     # libraries then: towers draw from the default generator.
-    if _local.is_intercepted is not bool(_libraries):
-        torch._C._dispatch_tls_set_dispatch_key_included(_intercept_draws_once(), bool(_libraries))
-        _local.is_intercepted = bool(_libraries)
+    is_possible = bool(_libraries)
+    if _local.is_intercepted != is_possible:
+        torch._C._dispatch_tls_set_dispatch_key_included(_intercept_draws_once(), is_possible)
+        _local.is_intercepted = is_possible
     _local.generators, _local.borrowed = generators, None
     try:
         return work()
