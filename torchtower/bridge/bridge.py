@@ -63,8 +63,7 @@ def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outpu
         ports: of the outputs.
         outputs: tower-major; None where a tower has no such output.
     """
-    on_accelerators = family.plan.pool.devices[0].type != "cpu"
-    if on_accelerators and any(_is_on_cpu(part) for tower in outputs for part in tower):
+    if family.streams and any(_is_on_cpu(part) for tower in outputs for part in tower):
         family.streams.synchronize()  # it may be on its way there still
     detached = [[part if part is None else without_graph(part) for part in tower] for tower in outputs]
     values = join(Ports(ports), detached, family.weights)

@@ -138,7 +138,7 @@ class Original:
         self._graphs = list(chain.from_iterable([self._held[id(module)].graphs for module in self.modules]))
         self.containers = {id(container) for held in held_by.values() for container in held.containers}  # in attributes
         self._watch_again(None if changed is None or not _are_same(before, self.modules) else changed)
-        self._known_facts = self._facts()
+        self._known_facts: Any = self._facts()
 
     def _watch_again(self, changed: Iterable[nn.Module] | None) -> None:
         """Take what modules hold for unchanged: these, or all of them."""
@@ -218,14 +218,15 @@ class Original:
 
     def forget(self) -> None:
         """Let the next `changes` find that everything may have changed."""
-        self._known_facts = []
+        self._known_facts = None
 
-    def _facts(self) -> list[Any]:
-        classes: list[Any] = list(map(type, self.modules))
-        scripted = chain.from_iterable(map(facts_of, self._scripted))
+    def _facts(self) -> tuple[Any, ...]:
+        classes = list(map(type, self.modules))
+        scripted = list(map(facts_of, self._scripted))
         # In place a tensor is made one to be trained or given a graph, and detached.
         turned = sum(map(_requires_grad, self.buffers)), all(map(_requires_grad, _alive(self._graphs)))
-        return [turned, *classes, *scripted, *map(_requires_grad, self.parameters), *memory_of(self.parameters)]
+        flags = list(map(_requires_grad, self.parameters))
+        return turned, classes, scripted, flags, memory_of(self.parameters)
 
 
 def _check_dense(parameters: Iterable[Tensor]) -> None:
