@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -28,15 +27,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _C: Any = torch._C
 _autograd: Any = torch._C._autograd
 _parametrize: Any = parametrize
-
-
-class _Here(threading.local):
-    """What a tower's thread was last told to be in."""
-
-    autocast: Any = None
-
-
-_local = _Here()
 
 
 def untraced(function: Function) -> Function:
@@ -92,8 +82,8 @@ class ThreadState:
         self._grad_enabled = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         kinds = _device_types(tuple(devices))
-        autocasts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-        self._autocast = torch.is_autocast_cache_enabled(), autocasts
+        self._autocasts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self._autocast_cache = torch.is_autocast_cache_enabled()
         self._function_modes = list(map(_C._get_function_stack_at, range(_C._len_torch_function_stack())))
         self._dispatch_modes = list(map(_C._get_dispatch_stack_at, range(_C._len_torch_dispatch_stack())))
         self._saved_tensor_hooks = _autograd._top_saved_tensors_default_hooks(True)
@@ -114,16 +104,12 @@ class ThreadState:
         return self._context.copy().run(self._run, device, work)
 
     def _run(self, device: torch.device, work: Callable[[], Result]) -> Result:
-        # Not restored afterwards: a tower's thread does nothing but jobs. What a job leaves of autocast is there at the
-        # next one, as it would be in the plain module's thread.
+        # Not restored afterwards: a tower's thread does nothing but jobs, and each sets them all.
         _C._set_grad_enabled(self._grad_enabled)
-        if self._autocast != _local.autocast:
-            is_cached, autocasts = self._autocast
-            torch.set_autocast_cache_enabled(is_cached)
-            for kind, enabled, dtype in autocasts:
-                torch.set_autocast_enabled(kind, enabled)
-                torch.set_autocast_dtype(kind, dtype)
-            _local.autocast = self._autocast
+        torch.set_autocast_cache_enabled(self._autocast_cache)
+        for kind, enabled, dtype in self._autocasts:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
         # The cache of cast weights is one for the process, and any thread that leaves its outermost autocast clears it
         # for all: one level more of nesting while a tower works keeps it whole. The caller clears it (see workers).
         torch.autocast_increment_nesting()
