@@ -173,6 +173,19 @@ def test_autocast_goes_with_the_work_dtype_and_cache_flag_too(dtype: torch.dtype
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_autocast_that_a_forward_leaves_off_is_the_callers_again_at_the_next() -> None:
+    class LeavesItOff(OneLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            torch.set_autocast_enabled("cpu", False)
+            return out
+
+    for net in (LeavesItOff(), wrap(LeavesItOff(), 2)):
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):  # whose end undoes what the plain module has left
+                assert net(torch.ones(4, 3)).dtype == torch.bfloat16
+
+
 def test_autocast_gives_the_plain_modules_gradients_step_after_step() -> None:
     plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     wrapped = wrap(copy.deepcopy(plain), 2)
