@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
 from torchtower.bridge.graphs import graph_of, is_cut_off, is_wrapped
+from torchtower.bridge.local_backward import requires_grad
 from torchtower.memory import memory_of
 from torchtower.parts import SMALL, container_of, leads_nowhere
 from torchtower.replicas.outside import Outside
@@ -25,7 +26,6 @@ from torchtower.replicas.scripted import facts_of, is_scripted, tensors_of
 # The dicts that every module has: parameters, buffers, submodules and hooks by kind.
 MODULE_DICTS = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
 
-_requires_grad = attrgetter("requires_grad")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Change only together with one of these.
 HOOK_OPTIONS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -130,7 +130,7 @@ class Original:
         _check_dense(parameters.values())
         before, self.modules, self._held = self.modules, modules, held_by
         self.parameters = list(parameters.values())
-        self.requires_grad = list(map(_requires_grad, self.parameters))
+        self.requires_grad = requires_grad(self.parameters)
         self._registered = registered
         self.buffers = [b for b in buffers.values() if id(b) not in parameters]
         self._scripted = list(filter(is_scripted, self.modules))
@@ -224,9 +224,8 @@ class Original:
         classes = list(map(type, self.modules))
         scripted = list(map(facts_of, self._scripted))
         # In place a tensor is made one to be trained or given a graph, and detached.
-        turned = sum(map(_requires_grad, self.buffers)), all(map(_requires_grad, _alive(self._graphs)))
-        flags = list(map(_requires_grad, self.parameters))
-        return turned, classes, scripted, flags, memory_of(self.parameters)
+        turned = sum(requires_grad(self.buffers)), all(requires_grad(_alive(self._graphs)))
+        return turned, classes, scripted, requires_grad(self.parameters), memory_of(self.parameters)
 
 
 def _check_dense(parameters: Iterable[Tensor]) -> None:
