@@ -44,6 +44,47 @@ assert model.module.fc.weight.grad is not None
 """)
 
 
+@pytest.mark.parametrize("also_fails", [False, True])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_what_an_interrupted_call_has_worked_on_goes_with_the_interrupt(phase: str, also_fails: bool) -> None:
+    # Without the collector: on a device that memory is needed for the next try.
+    passes(f"""
+import gc, weakref
+class Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        seen.append(weakref.ref(ctx))
+        wait("forward")
+        return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        wait("backward")
+        return grad
+def wait(phase):
+    if phase == armed:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        if {also_fails} and current_tower() == 1:
+            raise ArithmeticError
+class Net(Slow):
+    def forward(self, x):
+        return Wait.apply(self.fc(x))
+def call():
+    model(x).sum().backward()
+armed, seen, x = None, [], torch.ones(4, 3)
+model = towers(Net(0))
+call()
+armed, seen = {phase!r}, [weakref.ref(x)]
+gc.collect()
+gc.disable()
+interrupt_after(0.2)
+expect_interrupt(call)
+del x
+assert len(seen) == 3 and not any(one() is not None for one in seen)
+""")
+
+
 def test_an_interrupt_ends_towers_that_wait_for_each_other_for_ever() -> None:
     passes("""
 from torchtower import convert_sync_batchnorm

@@ -117,12 +117,8 @@ class Round:
         self._num_answered = 0
         self.broken_into: set[int] = set()  # the towers that had begun when a second interrupt came
 
-    def run(self, max_concurrency: int) -> BaseException | None:
-        """Do it all; see Note [Waiting for towers].
-
-        Returns:
-            What a signal's handler has raised.
-        """
+    def run(self, max_concurrency: int) -> None:
+        """Do it all; see Note [Waiting for towers]."""
         # Twice the same: a signal may strike where the inner loop turns, too. Nothing is called where one is caught: it
         # might strike there.
         while True:
@@ -137,14 +133,13 @@ class Round:
                 self._num_interrupts += 1
                 self._interrupt = self._interrupt or error
 
-    def _run(self, max_concurrency: int) -> BaseException | None:
+    def _run(self, max_concurrency: int) -> None:
         while len(self._finished) < len(self._inboxes):
             if self._arrivals or self._num_started < len(self._inboxes):
                 self._advance(max_concurrency)  # turns away who waits at a gate, before all others are broken into
             if self._num_answered < self._num_interrupts:
                 self._answer_interrupts()
             self._reports.get()
-        return self._interrupt
 
     def _answer_interrupts(self) -> None:
         """From the second one on, break into the towers that work, each time anew: they may have held out."""
@@ -231,16 +226,17 @@ class Round:
             if len(self._finished) == len(self._inboxes) or self._num_started < len(self._inboxes) or self._arrivals:
                 self._reports.put(None)
 
-    def first_error(self, devices: Sequence[object]) -> BaseException | None:
-        """What the first tower to fail raised, in tower order; taken out, so that the round does not keep it.
+    def take_error(self, devices: Sequence[object]) -> BaseException | None:
+        """What a signal's handler raised, else the first tower to fail, in tower order; the round keeps none.
 
-        Its words get added which tower that was, on which of ``devices``.
+        A tower's gets added to its words which tower that was, on which of ``devices``.
         """
-        if not self.errors:
-            return None
-        tower = min(self.errors, key=lambda t: (isinstance(self.errors[t], DesertedError), t))
-        error = self.errors[tower]
-        self.errors.clear()
+        interrupt, self._interrupt = self._interrupt, None
+        errors, self.errors = self.errors, {}
+        if interrupt is not None or not errors:
+            return interrupt
+        tower = min(errors, key=lambda t: (isinstance(errors[t], DesertedError), t))
+        error = errors[tower]
         name_tower(error, tower, devices[tower])
         return error
 

@@ -131,7 +131,7 @@ class TowerPool:
             round_ = Round(inboxes, do, weights)
             self._broken_into = round_.broken_into
             run = functools.partial(round_.run, 1 if in_turn else self.max_concurrency)
-            interrupt = without_parametrization_cache(run)
+            without_parametrization_cache(run)
         finally:
             self.is_running = False
         self.has_met, self.took_turns = round_.has_met, in_turn
@@ -142,11 +142,11 @@ class TowerPool:
         if self._closed or self.was_broken_into:  # closed: the backward of an output that has outlived the wrapper
             self._end_threads()
         torch.clear_autocast_cache()  # of what the towers left in it, see thread_state
-        if (error := interrupt or round_.first_error(self.devices)) is not None:
+        if (error := round_.take_error(self.devices)) is not None:
             try:
                 raise error
             finally:  # its traceback holds this frame: a cycle would keep what the towers' frames hold
-                del error, interrupt
+                del error
         return round_.results
 
     @property
