@@ -104,6 +104,41 @@ def test_subclasses_may_add_attributes_and_reach_the_module() -> None:
     assert copy.deepcopy(wrapped).mine == 3
 
 
+def test_a_subclass_may_find_its_module_in_its_own_way() -> None:
+    class Holding(TowerParallel):
+        def __getattribute__(self, name: str) -> Any:
+            return super().__getattribute__("_holder")[0] if name == "module" else super().__getattribute__(name)
+
+    net = mlp()
+    wrapped = Holding.__new__(Holding)
+    object.__setattr__(wrapped, "_holder", [net])
+    TowerParallel.__init__(wrapped, net, ["cpu", "cpu"])
+    del wrapped._modules["module"]
+    wrapped(batch(4)).sum().backward()
+    towers = wrapped._towers
+    wrapped(batch(4)).sum().backward()
+    assert wrapped._towers is towers, "the module was replicated anew"
+    other = mlp()
+    wrapped._holder[0] = other
+    wrapped(batch(4)).sum().backward()
+    assert wrapped._towers is not towers and other[0].weight.grad is not None
+
+
+def test_a_subclass_may_hear_of_its_towers_losses() -> None:
+    class Hearing(TowerParallel):
+        @property
+        def tower_losses(self) -> Any:
+            return self.heard[-1]
+
+        @tower_losses.setter
+        def tower_losses(self, losses: Any) -> None:
+            self.__dict__.setdefault("heard", []).append(losses)
+
+    wrapped = Hearing(mlp(), ["cpu", "cpu"])
+    wrapped.tower_loss(lambda net, x: net(x).mean(), batch(4))
+    assert wrapped.heard[0] == [] and [loss.shape for loss in wrapped.tower_losses] == [(), ()]
+
+
 class Stepwise(TowerParallel):
     """As programs do that subclass nn.DataParallel with a forward of their own."""
 
