@@ -1,6 +1,7 @@
 """What rests on each tower's having a thread of its own, the main tower too: the caller's stays the caller's.
 
-Nearly each of these failed when the main tower was tried in the thread that calls (docs/drop-in.md, "How fast it is").
+Each failed, in one case at least, when the main tower was tried in the thread that calls (docs/drop-in.md, "How fast it
+is").
 """
 
 from __future__ import annotations
