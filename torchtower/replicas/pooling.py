@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from torchtower._composed import TAKEN, is_expanded
-from torchtower.bridge.graphs import graph_of
 from torchtower.memory import is_freed
 from torchtower.reduction import Grad, weighted_sum
 from torchtower.replicas.replicate import Replica
@@ -38,7 +37,7 @@ def pool_buffers(replicas: Sequence[Replica], rows: list[int]) -> None:
 
 
 def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
-    """The mean of the towers' buffers, but for the elements that all agree on; None of what has no mean."""
+    """The mean of the towers' buffers, but for the elements that all agree on; None of what has no mean, or is trained."""
     main, *others = column
     for part in column:
         if (
@@ -48,7 +47,7 @@ def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
             or part.is_nested
             or is_freed(part)
             or part.dtype not in TAKEN
-            or graph_of(part) is not None
+            or part.requires_grad
             or (part.shape, part.dtype) != (main.shape, main.dtype)
         ):
             return None
