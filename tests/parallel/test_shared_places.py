@@ -430,3 +430,13 @@ def test_a_dict_that_hooks_of_many_layers_share_is_the_main_towers() -> None:
         wrapped(batch(6))
     assert wrapped.module.features is features and sorted(features) == list(range(30))
     assert all(len(feature) == 3 for feature in features.values())
+
+
+def test_a_list_in_an_attribute_that_a_hook_of_the_module_itself_fills_has_the_main_towers_entries_at_once() -> None:
+    plain, wrapped = twins(OneLayer(), 2)
+    for net in (plain, wrapped):
+        inner = getattr(net, "module", net)
+        inner.found = found = []
+        inner.register_forward_hook(lambda module, args, output, found=found: found.append(output.detach()))
+        net(batch(4))
+        assert len(inner.found) == 1

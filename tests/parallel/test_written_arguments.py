@@ -284,3 +284,32 @@ def test_an_input_that_a_forward_writes_into_dies_with_its_graph() -> None:
     del hidden, out
     gc.collect()
     assert reference() is None
+
+
+def test_what_several_towers_add_to_a_tensor_that_all_have_whole_counts_once() -> None:
+    class Totals(OneLayer):
+        def forward(self, x: Tensor, total: Tensor) -> Tensor:
+            y = self.fc(x)
+            total.add_(y.sum())
+            return y
+
+    torch.manual_seed(0)
+    for net in twins(Totals(), 2):
+        total = torch.zeros((), dtype=torch.float64)
+        out = net(batch(4), total)
+        assert_close(total.detach(), out.sum().detach())
+
+
+def test_a_tuple_of_a_class_that_makes_its_own_of_something_else_keeps_its_attributes() -> None:
+    class Marked(tuple[Any, ...]):
+        def __new__(cls, *parts: Any) -> Marked:
+            return super().__new__(cls, parts)
+
+    class Reads(OneLayer):
+        def forward(self, pair: Any) -> Tensor:
+            return self.fc(pair[0]) * pair.mark
+
+    pair = Marked(batch(4))
+    pair.mark = 2  # type: ignore[attr-defined]
+    plain, wrapped = twins(Reads(), 2)
+    assert_close(wrapped(pair), plain(pair))
