@@ -19,21 +19,19 @@ from torch.autograd import forward_ad
 
 from torchtower.threads.rounds import current_tower
 
-_turn = threading.RLock()
-_local = threading.local()
+_turn: Any = threading.RLock()  # held once for each level that a tower is in
 
 
 def has_turn() -> bool:
     """Whether this thread is a tower's in forward mode, for which others may be waiting."""
-    return getattr(_local, "depth", 0) > 0
+    is_held_here: bool = _turn._is_owned()
+    return is_held_here
 
 
 def give_back_turn() -> None:
     """At the end of a tower's job, whatever broke into it: nobody else can release what its thread holds."""
-    lock: Any = _turn
-    while lock._is_owned():
-        lock.release()
-    _local.depth = 0
+    while has_turn():
+        _turn.release()
 
 
 def leave_levels() -> None:
@@ -57,11 +55,10 @@ def _entering(enter: Callable[..., Any]) -> Callable[..., Any]:
         if not _is_in_tower():
             return enter(*args, **kwargs)
         _turn.acquire()
-        _local.depth = getattr(_local, "depth", 0) + 1
         try:
             return enter(*args, **kwargs)
         except BaseException:
-            _give_turn()
+            _turn.release()
             raise
 
     return enter_in_turn
@@ -74,14 +71,9 @@ def _exiting(exit_: Callable[..., Any]) -> Callable[..., Any]:
             return exit_(*args, **kwargs)
         finally:
             if _is_in_tower() and has_turn():
-                _give_turn()
+                _turn.release()
 
     return exit_in_turn
-
-
-def _give_turn() -> None:
-    _local.depth -= 1
-    _turn.release()
 
 
 def _is_in_tower() -> bool:
