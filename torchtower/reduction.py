@@ -36,8 +36,8 @@ def weighted_sum(towers: Sequence[Sequence[Grad]], weights: Sequence[float], *, 
         One gradient a parameter on the first tower's device; None where every tower has None.
     """
     grads: list[Any] = list(chain.from_iterable(towers))
-    if len(towers) == 1 and weights[0] == 1 and _are_dense(grads):
-        return list(_sum_dense([grads], weights, in_place))
+    if in_place and len(towers) == 1 and weights[0] == 1:
+        return own(grads)
     if _PLAIN.issuperset(map(type, grads)) and not _are_followed(grads, in_place):
         firsts = grads[: len(towers[0])]
         out: Sequence[Any] = own(firsts) if in_place else list(map(torch.empty_like, firsts))
@@ -79,15 +79,6 @@ def _sum_each_kind(towers: Sequence[Sequence[Grad]], weights: Sequence[float], i
     return results
 
 
-def _are_dense(grads: Sequence[Any]) -> bool:
-    """Whether all are there and dense, on one device."""
-    return (
-        _PLAIN.issuperset(map(type, grads))
-        and all(grad.layout is torch.strided and grad.device == grads[0].device for grad in grads)
-        and not _have_zeros(grads)
-    )
-
-
 def _have_zeros(grads: Sequence[Any]) -> bool:
     """Whether some are ZeroTensors, which have no memory: a backward of ``torch.sgn`` makes them."""
     return not torch.compiler.is_compiling() and any(map(Tensor._is_zerotensor, grads))
@@ -107,7 +98,7 @@ def _sum_dense(towers: Sequence[Sequence[Tensor]], weights: Sequence[float], in_
     return out
 
 
-def own(grads: Sequence[Tensor]) -> list[Tensor]:
+def own(grads: Sequence[Any]) -> list[Any]:
     """These gradients, copied where somebody else has the memory.
 
     Where a parameter is looked at (``bias[None]``), the engine leaves in its leaf a view of what has come: of the
