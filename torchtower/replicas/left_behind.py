@@ -47,16 +47,15 @@ class LeftBehind:
         self._written = self._main.take_written()
         self._kept = _kept_outside(original, replicas, leaves, filled)
         self._turned = with_new_graph(self._main)
-        links = _written_links(self._main)
+        self._links = _links(self._main)
+        overwritten_links = [(twin, source) for twin, source in self._links if not is_untouched(twin)]
         self._overwritten: list[tuple[Tensor, Tensor]] = []
-        self._known: list[tuple[Tensor, Any]] = []
         self._tensors: list[tuple[int, Tensor]] = []  # that have a graph, and whose
         self._crossing: list[tuple[int, Tensor]] = []
-        if not (self._written or self._kept or self._turned or links):  # nearly always
+        if not (self._written or self._kept or self._turned or overwritten_links):  # nearly always
             return
-        self._overwritten = [*[(base, base) for base in _bases(self._turned)], *links]
-        self._known = [*_sources(self._main), *links] if self._written else []
-        known = [*self._known, *[(buffer, buffer) for buffer in self._turned]]
+        self._overwritten = [*[(base, base) for base in _bases(self._turned)], *overwritten_links]
+        known = [*self._links, *[(buffer, buffer) for buffer in self._turned]]
         left = [(0, tensor) for tensor in _new_with_graph(self._main, self._written, known)]
         kept = [(tower, tensor) for _, tower, tensors in self._kept for tensor in tensors]
         overwritten = [(0, local) for local, _ in self._overwritten if local.requires_grad]
@@ -87,7 +86,7 @@ class LeftBehind:
         if self._overwritten:
             _give_graphs(self._overwritten, values[len(connected) :], self._turned)
         put_connected([slot for slot, _, _ in self._kept], {id(local): main for local, main in connected})
-        modules = _write_to_original(self._main, self._written, [*self._known, *connected])
+        modules = _write_to_original(self._main, self._written, [*self._links, *connected])
         if not any(map(_is_structural, self._written)):
             if modules:
                 self._original.remember(modules, [main for _, main in connected if main is not None])
@@ -109,7 +108,7 @@ def keep_what_was_assigned(main: Replica) -> list[nn.Module]:
     written = main.take_written()
     if not written:  # nearly always
         return []
-    known = _sources(main)
+    known = [(twin, source) for twin, source in _links(main) if is_untouched(twin)]
     written = [item for item in written if not _new_with_graph(main, [item], known)]
     return _write_to_original(main, written, known)
 
@@ -131,16 +130,9 @@ def _bases(buffers: Sequence[Tensor]) -> list[Tensor]:
     return [base for base in {id(base): base for base in bases}.values() if graph_of(base) is not None]
 
 
-def _written_links(main: Replica) -> list[tuple[Tensor, Tensor]]:
-    """What the replica has for tensors with a graph, where it was written into with autograd on, and these."""
-    links = [link for link in main.links() if not is_untouched(link.twin)]
-    return [(link.twin, source) for link in links if (source := link.source()) is not None]
-
-
-def _sources(main: Replica) -> list[tuple[Tensor, Any]]:
-    """What the replica has for the user's tensors with a graph that attributes hold as before, and these."""
-    links = [link for link in main.links() if is_untouched(link.twin)]
-    return [(link.twin, source) for link in links if (source := link.source()) is not None]
+def _links(main: Replica) -> list[tuple[Tensor, Any]]:
+    """What the replica has for the user's tensors with a graph that attributes held, and these."""
+    return [(link.twin, source) for link in main.links() if (source := link.source()) is not None]
 
 
 def _give_graphs(
