@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -208,8 +207,8 @@ class Towers:
             ports=Ports([Port("shared", parameter.device) for parameter in parameters]),
             buckets=[] if on_one_device else cut_buckets(parameters),
             held=self._held,
-            before_backward=functools.partial(_before_backward, weakref.ref(self)),
-            on_backward=functools.partial(_note_backward, weakref.ref(self)),
+            before_backward=weakref.WeakMethod(self._before_backward),
+            on_backward=weakref.WeakMethod(self._on_backward),
         )
 
     def refresh(self) -> None:
@@ -227,13 +226,3 @@ class Towers:
     def _on_backward(self) -> None:
         self._freshness.on_backward()
         self._written_to += keep_what_was_assigned(self._replicas[0])
-
-
-def _before_backward(reference: weakref.ref[Towers], call: int) -> None:
-    if (towers := reference()) is not None:
-        towers._before_backward(call)
-
-
-def _note_backward(reference: weakref.ref[Towers]) -> None:
-    if (towers := reference()) is not None:
-        towers._on_backward()

@@ -152,10 +152,12 @@ class Bridge:
         devices = {plan.pool.devices[0], *[port.device for port in self._out_ports]}
         with plan.pool.lock, self._family.streams.current_for_backward(devices):
             try:
-                plan.before_backward(self._family.call)
+                if (before_backward := plan.before_backward()) is not None:
+                    before_backward(self._family.call)
                 return self._backward(asked, grads)
             finally:
-                plan.on_backward()
+                if (on_backward := plan.on_backward()) is not None:
+                    on_backward()
 
     def _backward(self, asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         family, main_inputs = self._family, self._inputs.main

@@ -27,7 +27,7 @@ class Plan(NamedTuple):
         ports: of the user's parameters, the first inputs of every bridge.
         buckets: how the parameters' gradients travel, see `torchtower.bridge.collect`; none where they need not.
         held: gradients that ``no_sync`` has kept back.
-        before_backward: called before every backward with the number of its forward; does not keep the towers alive.
+        before_backward: called before every backward with the number of its forward, as long as there is a wrapper.
         on_backward: called after every backward, even a failed one; likewise.
     """
 
@@ -35,8 +35,8 @@ class Plan(NamedTuple):
     ports: Ports
     buckets: list[list[int]]
     held: HeldGradients
-    before_backward: Callable[[int], None]
-    on_backward: Callable[[], None]
+    before_backward: weakref.WeakMethod[Callable[[int], None]]
+    on_backward: weakref.WeakMethod[Callable[[], None]]
 
     def collection(self, weights: list[float]) -> Collection:
         """What takes gradients of the parameters, by bucket, to be summed with these weights."""
