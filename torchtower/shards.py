@@ -67,7 +67,7 @@ class Shards:
 
     Args:
         batches: what each tower's shard is made from, one or the same for each.
-        tensors: in these.
+        tensors: in these; one may come several times.
         rows: how many each has; towers that have nothing to do are left out.
         parts_of: each tower's part of a tensor; None where all have it whole.
         dim: along which parts are rows; None where they are whole tensors, one tower's or several towers'.
@@ -84,8 +84,8 @@ class Shards:
         self.rows = rows
         self._batches = batches
         self._dim = dim
-        self.tensors = tensors
-        self.devices = {tensor.device for tensor in tensors}  # on which they lie
+        self.tensors = list({id(tensor): tensor for tensor in tensors}.values())
+        self.devices = {tensor.device for tensor in self.tensors}  # on which they lie
         self.main_inputs: list[Tensor] = []
         self.filled: dict[int, Any] = {}  # by id, containers of the batch that a forward has put something into
         self.ports: list[Port] = []
@@ -97,16 +97,12 @@ class Shards:
         self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what each tower got for a tensor, by its id
         self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
         for tensor in self.tensors:
-            if id(tensor) not in self._parts:
-                parts = parts_of(tensor)
-                self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
-                if tensor.requires_grad and torch.is_grad_enabled():
-                    self._add_input(tensor, parts)
-
-    def _add_input(self, tensor: Tensor, parts: list[Tensor] | None) -> None:
-        self._port_of[id(tensor)] = len(self.ports)
-        self.main_inputs.append(tensor)
-        self.ports.append(self._port(tensor, parts))
+            parts = parts_of(tensor)
+            self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
+            if tensor.requires_grad and torch.is_grad_enabled():
+                self._port_of[id(tensor)] = len(self.ports)
+                self.main_inputs.append(tensor)
+                self.ports.append(self._port(tensor, parts))
 
     def _port(self, tensor: Tensor, parts: list[Tensor] | None) -> Port:
         if parts is None or self._dim is None:
@@ -159,11 +155,10 @@ class Shards:
         dim = self._dim
         if dim is None:
             return ""
-        tensors = {id(tensor): tensor for tensor in self.tensors}
         told = [
             f"{tuple(tensor.shape)} into {[part.shape[dim] for part in parts]}"
-            for key, tensor in tensors.items()
-            if (parts := self._parts[key]) is not None
+            for tensor in self.tensors
+            if (parts := self._parts[id(tensor)]) is not None
         ]
         gaps = "; such parts have gaps, as slices have (reshape takes what view may refuse)" if dim else ""
         return f"along dimension {dim}: {', '.join(told[:_MOST_TOLD])}{gaps}" if told else ""
@@ -174,8 +169,8 @@ class Shards:
         Of tensors that every one of several towers has whole none is told: no tower's graph knows of all writes.
         """
         found: list[tuple[Tensor, Port, list[Tensor | None]]] = []
-        for key, tensor in {id(tensor): tensor for tensor in self.tensors}.items():
-            if key not in self._aliased:
+        for tensor in self.tensors:
+            if (key := id(tensor)) not in self._aliased:
                 continue
             handed = [taken.get(key) for taken in self._handed]
             is_input = key in self._port_of
