@@ -69,17 +69,21 @@ class ForwardResult:
         """Rows of each tower's shard."""
         return self._shards.rows
 
-    def connect(self, weights: list[float], ports: Sequence[Port], outputs: list[list[Grad]]) -> list[Grad]:
-        """Give ``outputs`` (tower-major) their place in the user's graph; takes over what the main tower wrote."""
-        plan, shards = self._plan, self._shards
+    def connect(self, weights: list[float], ports: Sequence[Port], columns: Sequence[Sequence[Grad]]) -> list[Grad]:
+        """Give outputs, of which a column is the towers' parts, their place in the user's graph.
+
+        Takes over what the main tower wrote.
+        """
+        plan, shards, num_towers = self._plan, self._shards, len(self.rows)
         left_behind = LeftBehind(self._original, self._replicas, shards.leaves, list(shards.filled.values()))
         overwritten = shards.overwritten()
-        more = left_behind.columns(len(outputs)) + [(port, parts) for _, port, parts in overwritten]
+        more = left_behind.columns(num_towers) + [(port, parts) for _, port, parts in overwritten]
         all_ports = [*ports, *[port for port, _ in more]]
-        local_outputs = [[*own, *[parts[tower] for _, parts in more]] for tower, own in enumerate(outputs)]
+        all_columns = [*columns, *[parts for _, parts in more]]
+        local_outputs = [[parts[tower] for parts in all_columns] for tower in range(num_towers)]
         # The bridge keeps hold of what they were: the user, too, may write into them before a double backward.
         main_inputs = [held_as_is(tensor) for tensor in shards.main_inputs]
-        inputs = self._inputs(main_inputs, len(outputs))
+        inputs = self._inputs(main_inputs, num_towers)
         streams = self._streams.including([port.device for port in ports])
         family = Family(plan, weights, shards.aliases(), streams, plan.held.synchronize, self._in_turn, self._call)
         values = connect_outputs(family, inputs, all_ports, local_outputs)
@@ -97,7 +101,7 @@ class ForwardResult:
         """Every tower's output, its tensors in the user's graph where they are, whatever holds them."""
         tensors = [[each for each in tensors_within(out, sys.maxsize) if each.requires_grad] for out in self.outputs]
         ports = [Port("solo", each.device, tower=tower) for tower, own in enumerate(tensors) for each in own]
-        columns = [[each if other is own else None for own in tensors for each in own] for other in tensors]
+        columns = [[each if other is own else None for other in tensors] for own in tensors for each in own]
         values = iter(self.connect([1.0] * len(tensors), ports, columns))
         connected = []
         for output, own in zip(self.outputs, tensors, strict=True):

@@ -79,7 +79,7 @@ def mean_over_towers(result: ForwardResult, pairs: list[tuple[Tensor, float | No
         stand_in = silenced if result.towers_met else torch.zeros_like
         losses = [loss if weight else stand_in(loss) for loss, weight in zip(losses, weights, strict=True)]
         weights = [weight or max(weights) for weight in weights]
-    (mean,) = result.connect(weights, [Port("shared", device)], [[loss] for loss in losses])
+    (mean,) = result.connect(weights, [Port("shared", device)], [losses])
     assert mean is not None
     return mean
 

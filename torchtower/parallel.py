@@ -215,8 +215,7 @@ class TowerParallel(Steps[Module]):
                 for column in columns:
                     check_rows_fit(column, self.dim)
             ports = [self._output_port(parts) for _, parts in columns]
-            rows = zip(*[parts for _, parts in columns], strict=True) if columns else [()] * len(result.rows)
-            return result.connect([1.0] * len(result.rows), ports, list(map(list, rows)))
+            return result.connect([1.0] * len(result.rows), ports, [parts for _, parts in columns])
 
         return gather_structure(result.outputs, join, result.to_user)
 
