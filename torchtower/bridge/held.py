@@ -30,14 +30,13 @@ class HeldGradients:
 
     def __init__(self) -> None:
         self.synchronize = True  # whether forwards that run now have their gradients reduced, not kept
-        self._towers: list[dict[int, Tensor]] = []
-        self._parameters: dict[int, Tensor] = {}  # keeps them alive, so that ids stay theirs
+        self._towers: list[dict[Tensor, Tensor]] = []  # by parameter
         self._reducing: deque[int] = deque(maxlen=_MOST_BACKWARDS)  # the engine's numbers, the last one first
         _all.add(self)
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
-        return bool(self._parameters)
+        return any(self._towers)
 
     def are_reduced(self, synchronize: bool) -> bool:
         """Whether the running backward reduces a forward's gradients, or has them kept.
@@ -80,9 +79,8 @@ class HeldGradients:
                 if grad is None or weight == 0 or not is_chosen:
                     continue
                 share = grad * weight if weight != 1 else own([grad])[0] if in_place else grad.clone()
-                before = _like(parameter, held.get(id(parameter)))
-                held[id(parameter)] = share if before is None else _add(before, share)
-                self._parameters[id(parameter)] = parameter
+                before = _like(parameter, held.get(parameter))
+                held[parameter] = share if before is None else _add(before, share)
 
     def with_kept(
         self,
@@ -109,22 +107,20 @@ class HeldGradients:
     def kept(self, parameters: Sequence[Tensor], chosen: Sequence[bool]) -> list[list[Grad]]:
         """What is kept of the chosen parameters, tower-major in the order of ``parameters``."""
         return [
-            [_like(p, held.get(id(p))) if is_chosen else None for p, is_chosen in zip(parameters, chosen, strict=True)]
+            [_like(p, held.get(p)) if is_chosen else None for p, is_chosen in zip(parameters, chosen, strict=True)]
             for held in self._towers
         ]
 
     def drop(self, parameters: Iterable[Tensor]) -> None:
         """Forget what is kept of these: it has been given out, or ``zero_grad`` asks for it."""
         for parameter in parameters:
-            self._parameters.pop(id(parameter), None)
             for held in self._towers:
-                if (kept := held.pop(id(parameter), None)) is not None and kept.device.type != "cpu":
+                if (kept := held.pop(parameter, None)) is not None and kept.device.type != "cpu":
                     _free_after_use(kept)
 
     def drop_all(self) -> None:
         """Forget what is kept."""
         self._towers = []
-        self._parameters = {}
 
 
 _all: weakref.WeakSet[HeldGradients] = weakref.WeakSet()
