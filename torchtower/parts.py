@@ -30,13 +30,8 @@ MANY = 4096  # objects, after which a search is given up
 ATOMS: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None), type})
 
 
-def is_small_container(value: Any) -> bool:
-    """Whether ``value`` is a list, dict or the like that towers get copies of."""
-    return type(value) in CONTAINERS and len(value) <= SMALL
-
-
 def is_table(value: Any) -> bool:
-    """Whether ``value`` is a container that is too large for that."""
+    """Whether ``value`` is a list, dict or the like that is too large for towers to get copies of."""
     return type(value) in CONTAINERS and len(value) > SMALL
 
 
@@ -81,8 +76,8 @@ def _is_plain(value: Any) -> bool:
 
 def container_of(value: Any) -> Any:
     """What is watched of an attribute's value: a small list, dict or the like itself, the attributes of a record."""
-    if is_small_container(value):
-        return value
+    if type(value) in CONTAINERS:
+        return None if is_table(value) else value
     return vars(value) if is_record(value) else None
 
 
