@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from torchtower.bridge.bridge import connect_outputs
 from torchtower.bridge.family import Family, Inputs, Plan
-from torchtower.bridge.graphs import held_as_is, is_untouched, writable
-from torchtower.bridge.local_backward import requires_grad
+from torchtower.bridge.graphs import held_as_is, is_untouched, requires_grad, writable
 from torchtower.bridge.ports import Port, Ports
 from torchtower.parts import LEADING, tensors_within
 from torchtower.reduction import Grad

@@ -41,9 +41,9 @@ from torch import Tensor
 
 from torchtower.bridge.collect import Sender
 from torchtower.bridge.family import Family, Inputs
-from torchtower.bridge.graphs import branches, leads_to, leaves_of
+from torchtower.bridge.graphs import branches, leads_to, leaves_of, requires_grad
 from torchtower.bridge.hooks import spare_hooks
-from torchtower.bridge.local_backward import NO_LEAF, Root, local_backward, local_grad, requires_grad, root_of
+from torchtower.bridge.local_backward import NO_LEAF, Root, local_backward, local_grad, root_of
 from torchtower.bridge.node import Asked, connect
 from torchtower.bridge.ports import Port, Ports, join, without_graph
 from torchtower.devices import move

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Container, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,11 @@ def is_cut_off(tensor: Tensor) -> bool:
     except RuntimeError:  # see `graph_of`
         return True
     return node.next_functions[0][0] is None
+
+
+def requires_grad(leaves: Iterable[Tensor]) -> list[bool]:
+    """Of each leaf whether it does now."""
+    return list(map(attrgetter("requires_grad"), leaves))
 
 
 def held_as_is(tensor: Tensor) -> Tensor:

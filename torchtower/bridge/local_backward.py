@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torchtower.bridge.collect import Sender
-from torchtower.bridge.graphs import is_cut_off
+from torchtower.bridge.graphs import is_cut_off, requires_grad
 from torchtower.reduction import Grad
 
 _engine: Any = torch.autograd.Variable._execution_engine
@@ -125,11 +125,6 @@ def _given(roots: Sequence[Root | None], grads: Sequence[Grad]) -> tuple[tuple[G
     pairs = [(r.edge, grad) for r, grad in zip(roots, grads, strict=True) if r is not None and grad is not None]
     edges, given = zip(*pairs, strict=True) if pairs else ((), ())
     return edges, given
-
-
-def requires_grad(leaves: Iterable[Tensor]) -> list[bool]:
-    """Of each leaf whether it does now."""
-    return list(map(attrgetter("requires_grad"), leaves))
 
 
 def _set_requires_grad(leaves: Sequence[Tensor], before: Sequence[bool], after: Sequence[bool]) -> None:

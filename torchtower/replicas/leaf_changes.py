@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtower.bridge.graphs import graph_of, towers_behind
-from torchtower.bridge.local_backward import requires_grad
+from torchtower.bridge.graphs import graph_of, requires_grad, towers_behind
 from torchtower.devices import move
 from torchtower.parts import tensors_within
 from torchtower.reduction import Grad, weighted_sum

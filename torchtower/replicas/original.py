@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchtower._extension import same_contents
-from torchtower.bridge.graphs import graph_of, is_cut_off, is_wrapped
-from torchtower.bridge.local_backward import requires_grad
+from torchtower.bridge.graphs import graph_of, is_cut_off, is_wrapped, requires_grad
 from torchtower.memory import memory_of
 from torchtower.parts import SMALL, container_of, leads_nowhere
 from torchtower.replicas.outside import Outside
