@@ -57,10 +57,9 @@ class _HooksOfOutput(OrderedDict[int, Any]):
 def spare_hooks_of_outputs(outputs: Iterable[Tensor]) -> None:
     """Have hooks that the user will register on a node's outputs called only if a gradient comes."""
     for output in outputs:
-        if output is not None and output.grad_fn is not None:
-            hooked: Any = output
-            hooked._backward_hooks = _HooksOfOutput()
-            hooked.grad_fn._register_hook_dict(output)
+        hooked: Any = output
+        hooked._backward_hooks = _HooksOfOutput()
+        hooked.grad_fn._register_hook_dict(output)
 
 
 def spare_hooks(tensors: Iterable[Tensor]) -> None:
