@@ -77,7 +77,8 @@ def connect_outputs(family: Family, inputs: Inputs, ports: Sequence[Port], outpu
     for group, chosen in _groups(crossing, columns, inputs, len(family.plan.ports.all)):
         roots = [[root_of(tower[index]) for index in group] for tower in outputs]
         bridge = Bridge(family, chosen, [ports[index] for index in group], roots)
-        for index, value in zip(group, bridge.connect([values[index] for index in group]), strict=True):
+        connected = connect(bridge.backward, chosen.main, [values[index] for index in group])
+        for index, value in zip(group, connected, strict=True):
             values[index] = value
     return values
 
@@ -131,10 +132,6 @@ class Bridge:
         self._out_ports = out_ports
         self._roots: list[list[Root | None]] | None = roots
         family.bridges.append(weakref.ref(self))
-
-    def connect(self, values: Sequence[Grad]) -> tuple[Tensor, ...]:
-        """Give the joined outputs their place in the user's graph."""
-        return connect(self.backward, self._inputs.main, values)
 
     def backward(self, asked: Asked, grads: Sequence[Grad]) -> list[Grad]:
         """From gradients of the outputs to those of the inputs that are asked for."""
