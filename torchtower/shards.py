@@ -95,7 +95,7 @@ class Shards:
         self._aliased: set[int] = set()  # tensors whose memory some tower reads where it lies
         self._moved: list[tuple[int, Tensor, Tensor]] = []  # of which tensor, a tower's rows, their copy on its device
         self._handed: list[dict[int, Tensor]] = [{} for _ in rows]  # what each tower got for a tensor, by its id
-        self._empty: dict[int, list[tuple[Any, Any]]] = {}  # of each tower: the batch's, and its own
+        self._empty: list[list[tuple[Any, Any]]] = [[] for _ in rows]  # of each tower: the batch's, and its own
         for tensor in self.tensors:
             parts = parts_of(tensor)
             self._parts[id(tensor)] = parts = parts and [part.data for part in parts]  # see the Note
@@ -144,7 +144,7 @@ class Shards:
                 return value
             if isinstance(value, (list, dict, MutableMapping)):  # an empty one, which the forward may fill
                 own = copy.copy(value)
-                self._empty.setdefault(tower, []).append((value, own))
+                self._empty[tower].append((value, own))
                 return own
             return translate(value) if isinstance(value, LEADING) else value
 
@@ -192,10 +192,9 @@ class Shards:
 
     def pass_on_contents(self) -> None:
         """Put what a forward has put into empty lists and dicts of the batch into the caller's, in tower order."""
-        for _, pairs in sorted(self._empty.items()):
-            for container, own in filter(itemgetter(1), pairs):
-                (container.update if isinstance(container, MutableMapping) else container.extend)(own)
-                self.filled[id(container)] = container
+        for container, own in filter(itemgetter(1), chain.from_iterable(self._empty)):
+            (container.update if isinstance(container, MutableMapping) else container.extend)(own)
+            self.filled[id(container)] = container
 
     def pass_on_writes(self) -> None:
         """Let the tensors that a forward wrote into be as the plain module's forward would have left them.
