@@ -18,7 +18,6 @@ from torchtower import _composed, ops
 
 Grad = Tensor | None
 _PLAIN = {Tensor, nn.Parameter}
-_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 _storage_use_count: Any = vars(torch._C)["_storage_Use_Count"]
 _address_of = attrgetter("_cdata")
 
@@ -137,8 +136,14 @@ def _are_followed(grads: Sequence[Any], in_place: bool) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or (not in_place and not torch.compiler.is_compiling() and any(map(_is_batched, grads)))
+        or (not in_place and not torch.compiler.is_compiling() and any(map(is_batched, grads)))
     )
+
+
+def is_batched(grad: Grad) -> bool:
+    """Whether this is several gradients at once, of ``torch.autograd.grad(is_grads_batched=True)``."""
+    is_several: bool = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return is_several
 
 
 def dense(grads: list[Tensor]) -> list[Tensor]:

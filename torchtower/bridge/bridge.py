@@ -47,7 +47,7 @@ from torchtower.bridge.local_backward import NO_LEAF, Root, local_backward, loca
 from torchtower.bridge.node import Asked, connect
 from torchtower.bridge.ports import Port, Ports, join, without_graph
 from torchtower.devices import move
-from torchtower.reduction import Grad
+from torchtower.reduction import Grad, is_batched
 from torchtower.threads.rounds import current_tower
 from torchtower.threads.workers import is_held_here
 
@@ -198,7 +198,7 @@ class Bridge:
         keep = keep or family.keeps_graphs
         towers = zip(self._alive(), local_grads, self._inputs.leaves, self._wanted(asked), strict=True)
         collection = None
-        if plan.buckets and not any(accumulated) and not any(map(_is_batched, chain.from_iterable(local_grads))):
+        if plan.buckets and not any(accumulated) and not any(map(is_batched, chain.from_iterable(local_grads))):
             collection = plan.collection(family.weights)
         if not asked.all:
             jobs = [partial(local_grad, *parts, keep) for parts in towers]
@@ -297,12 +297,6 @@ def _held_for(tensor: Tensor) -> Tensor | None:
     """The user's tensor that this one holds the graph of; itself where it is the user's."""
     reference = getattr(tensor, "held_for", None)
     return tensor if reference is None else reference()
-
-
-def _is_batched(grad: Grad) -> bool:
-    """Whether this is several gradients at once, of ``torch.autograd.grad(is_grads_batched=True)``."""
-    is_batched: bool = grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-    return is_batched
 
 
 def _is_on_cpu(part: Grad) -> bool:
