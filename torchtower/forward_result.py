@@ -37,6 +37,7 @@ class ForwardResult:
         shards: on what they ran.
         outputs: one a tower that worked.
         streams: on which they ran.
+        in_turn: whether they took turns.
         note_written: told of the modules that the main tower wrote to.
         call: the number of this call among those of the wrapper.
     """
@@ -49,6 +50,7 @@ class ForwardResult:
         shards: Shards,
         outputs: list[Any],
         streams: Streams,
+        in_turn: bool,
         note_written: Callable[[Iterable[nn.Module]], None],
         call: int,
     ) -> None:
@@ -58,7 +60,7 @@ class ForwardResult:
         self._shards = shards
         self.outputs = outputs
         self.towers_met = plan.pool.has_met
-        self._in_turn = plan.pool.took_turns
+        self._in_turn = in_turn
         self._streams = streams
         self._note_written = note_written
         self._call = call

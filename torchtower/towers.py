@@ -136,6 +136,7 @@ class Towers:
             shards,
             outputs,
             streams,
+            in_turn,
             note_written=self._written_to.extend,
             call=self._num_calls,
         )

@@ -59,7 +59,6 @@ class TowerPool:
         self._intra_op_threads = 0
         self._last_round_s = 0.0
         self.has_met = False  # whether the towers of the last round exchanged anything
-        self.took_turns = False  # whether these worked one after the other
         self._broken_into: set[int] = set()  # the towers that were, in the last round
         self._closed = False
         self.is_running = False
@@ -134,7 +133,7 @@ class TowerPool:
             without_parametrization_cache(run)
         finally:
             self.is_running = False
-        self.has_met, self.took_turns = round_.has_met, in_turn
+        self.has_met = round_.has_met
         self._last_round_s = time.perf_counter() - began_s
         seeds.move_on()
         if self.was_broken_into:
