@@ -27,7 +27,7 @@ from torchtower.devices import DeviceId, move, parse_device_ids, parse_output_de
 from torchtower.forward_result import ForwardResult
 from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_weight, mean_over_towers, warn_of_backward
 from torchtower.reduction import Grad
-from torchtower.shards import Shards, cut, given
+from torchtower.shards import Shards, cut, from_scatter
 from torchtower.steps import Module, Steps
 from torchtower.threads.rounds import current_tower
 from torchtower.threads.thread_state import transforming, untraced
@@ -206,7 +206,7 @@ class TowerParallel(Steps[Module]):
 
     def _shards(self, inputs: Any, kwargs: Any, own_scatter: bool) -> Shards:
         if own_scatter:
-            return given(self._scattered(inputs, kwargs), self.dim)
+            return from_scatter(self._scattered(inputs, kwargs), self.dim)
         return cut((inputs, kwargs or None), self.num_towers, self.dim)
 
     def _gather(self, result: ForwardResult) -> Any:

@@ -43,7 +43,7 @@ def cut(batch: Any, num_towers: int, dim: int) -> Shards:
     return Shards([batch] * len(splits.rows), tensors, splits.rows, splits.parts, dim)
 
 
-def given(batches: Sequence[Any], dim: int) -> Shards:
+def from_scatter(batches: Sequence[Any], dim: int) -> Shards:
     """Shards that are there already, one a tower.
 
     Args:

@@ -113,7 +113,7 @@ class Inputs(NamedTuple):
         return Inputs(ports, of(self.main), list(map(of, self.leaves)), list(map(of, self.requires_grad)), linked)
 
     def doubting(self, others: set[int]) -> Inputs:
-        """These, of which some are gone on behind only if a gradient comes."""
+        """These, but behind some of them a backward goes on only if a gradient comes for them."""
 
         def stand_in(index: int) -> Tensor:
             return if_needed(self.main[index], is_held=index in self.linked)

@@ -32,7 +32,10 @@ class Port(NamedTuple):
     tower: int = 0
 
     def written(self) -> Port:
-        """How what towers have written there comes out; that everybody's is one tower's alone."""
+        """The port by which a value that has come in by this one, and been written to, comes out.
+
+        A shared value does so by the same port: only where one tower works alone is it told of such a write.
+        """
         return self._replace(kind="written") if self.kind == "rows" else self
 
     def to_towers(self, value: Tensor, weights: list[float]) -> list[Grad]:

@@ -27,6 +27,7 @@ class Leaves:
         self._original = original
         self._remote = None if aliases else RemoteStorage(device)
         self._parameters: list[Tensor] = []  # the original's, when the leaves were made
+        self._storages: list[Tensor] = []  # what each is a leaf on
         self._memory: list[Any] = []  # where each leaf is to lie
 
     def make(self) -> None:

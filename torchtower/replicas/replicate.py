@@ -41,7 +41,7 @@ from torchtower.replicas.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Orig
 from torchtower.replicas.places import Place, Written, places_of, write_back
 from torchtower.replicas.remote import copy_together
 from torchtower.replicas.rewrite import Translation
-from torchtower.replicas.scripted import install, is_scripted, twin_of
+from torchtower.replicas.scripted import fill_piece, is_scripted, new_piece
 
 
 class Link(NamedTuple):
@@ -115,7 +115,7 @@ class Replica:
         for module in self._original.modules:
             twin = before.get(module)
             if twin is None:
-                twin = twin_of(module) if is_scripted(module) else object.__new__(type(module))
+                twin = new_piece(module) if is_scripted(module) else object.__new__(type(module))
             self._to_replica.add(module, twin)
             self._pair_hook_dicts(module, twin)
         with torch.inference_mode(False), torch.no_grad():
@@ -186,7 +186,7 @@ class Replica:
             shared = self._original.containers
             translated.update((key, self._to_replica(item, shared)) for key, item in value.items())
         if is_scripted(module):
-            install(module, twin, self._to_replica)
+            fill_piece(module, twin, self._to_replica)
         else:
             attributes = {
                 name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS

@@ -40,13 +40,13 @@ def facts_of(module: nn.Module) -> list[Any]:
     return [*map(id, tensors_of(module)), *map(is_training, module.modules())]
 
 
-def twin_of(module: nn.Module) -> nn.Module:
-    """A module of the same code, to be given its tensors by `install`."""
+def new_piece(module: nn.Module) -> nn.Module:
+    """A module of the same code, to be given its tensors by `fill_piece`."""
     with torch.no_grad():  # else the copies would be no leaves
         return copy.deepcopy(module)
 
 
-def install(module: nn.Module, twin: nn.Module, translate: Callable[[Any], Any]) -> None:
+def fill_piece(module: nn.Module, twin: nn.Module, translate: Callable[[Any], Any]) -> None:
     """Give the replica of ``module`` its tensors and flags."""
     parts = dict(twin.named_modules(remove_duplicate=False))
     tensors = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
