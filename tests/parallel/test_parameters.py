@@ -191,6 +191,28 @@ def test_a_buffer_that_requires_grad_gets_gradients() -> None:
     assert torch.autograd.gradcheck(lambda t: wrapped(x), (net.wanted,))
 
 
+@pytest.mark.parametrize("num_towers", EVERY_COUNT)
+def test_a_buffer_that_requires_grad_is_no_statistic_whose_mean_is_taken(num_towers: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("gain", torch.ones(3, dtype=torch.float64, requires_grad=True))
+            self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = x.detach().mean(0)
+            return x * self.gain
+
+    plain, wrapped = twins(Net(), num_towers, buffers="mean")
+    gain = wrapped.module.gain
+    for seed in range(2):
+        for net in (plain, wrapped):
+            net(batch(7, seed=seed)).square().sum().backward()
+    assert wrapped.module.gain is gain
+    assert_close(gain.grad, plain.gain.grad)
+    assert_close(wrapped.module.mean, plain.mean)
+
+
 def test_a_tensor_in_a_plain_attribute_trains_as_in_the_plain_module() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

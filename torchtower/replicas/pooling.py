@@ -37,7 +37,7 @@ def pool_buffers(replicas: Sequence[Replica], rows: list[int]) -> None:
 
 
 def _pooled(column: Sequence[Grad], shares: list[float]) -> Grad:
-    """The mean of the towers' buffers, but for the elements that all agree on; None of what has no mean, or is trained."""
+    """The mean of the towers' buffers, but for elements that all agree on; None of what has none, or is trained."""
     main, *others = column
     for part in column:
         if (
