@@ -184,6 +184,17 @@ def test_synchronised_batch_norm_differentiates_twice(style: str) -> None:
     assert_same_gradients(wrapped, plain, 1e-9)
 
 
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_synchronised_batch_norm_takes_several_gradients_at_once(vectorized: bool) -> None:
+    plain = nn.BatchNorm1d(3).double()
+    _, wrapped = twins(convert_sync_batchnorm(copy.deepcopy(plain)), 2)
+    ours, theirs = (
+        torch.autograd.functional.jacobian(net, batch(5), vectorize=vectorized)  # type: ignore[no-untyped-call]
+        for net in (wrapped, plain)
+    )
+    assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_synchronised_batch_norm_works_where_towers_take_turns(at_once: int) -> None:
     plain = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4)).double()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from torchtower.bridge.ports import without_graph
 from torchtower.replicas.original import is_lazy_module
 from torchtower.threads.forward_mode import has_turn
 from torchtower.threads.rounds import current_tower, exchange, weight_of_tower
@@ -61,7 +62,7 @@ class _TowerSum(torch.autograd.Function):
                 "differentiation, which one tower does at a time"
             )
         weight = weight_of_tower() if weighted else None
-        first, *others = exchange(value.detach() if weight in (None, 1) else value.detach() * weight)
+        first, *others = exchange(without_graph(value) if weight in (None, 1) else without_graph(value) * weight)
         total: Tensor = first.to(value.device, copy=True)
         for tower, other in enumerate(others, 1):
             if other.shape != first.shape or other.dtype != first.dtype:
