@@ -162,8 +162,9 @@ def test_a_refused_module_leaves_earlier_outputs_whole() -> None:
     plain, wrapped = twins(nn.Sequential(Counting(3, 3), Counting(3, 2)), 2)
     out = wrapped(batch(4))
     wrapped.module.lazy = nn.LazyLinear(2)
-    with pytest.raises(ValueError, match="is lazy"):
+    with pytest.raises(ValueError, match="Modules with uninitialized parameters can't be used") as error:
         wrapped(batch(4))
+    assert isinstance(error.value, RuntimeError), "of nn.DataParallel's type, too"
     out.sum().backward()
     plain(batch(4)).sum().backward()
     del wrapped.module.lazy

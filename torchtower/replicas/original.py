@@ -186,7 +186,7 @@ class Original:
         for tensor in self._registered:
             if tensor.device != self.device:
                 move_it = "to_empty(device=" if tensor.is_meta else "to("
-                raise _MisplacedModuleError(
+                raise _RefusedModuleError(
                     f"TowerParallel: module must have its parameters and buffers on device {self.device} "
                     f"(device_ids[0]) but found one of them on device: {tensor.device}; move it there with "
                     f"module.{move_it}'{self.device}')"
@@ -236,7 +236,7 @@ def _check_dense(parameters: Iterable[Tensor]) -> None:
             )
 
 
-class _MisplacedModuleError(ValueError, RuntimeError):
+class _RefusedModuleError(ValueError, RuntimeError):
     """Bad input as everywhere here, and with the type and the words that programs know from nn.DataParallel."""
 
 
@@ -270,9 +270,9 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
     if is_scripted(module):
         return list(tensors_of(module)), []
     if is_lazy_module(module):
-        raise ValueError(
-            f"TowerParallel: expected every parameter to have a shape, but {type(module).__name__} is lazy; "
-            "run one batch through the plain module first"
+        raise _RefusedModuleError(
+            "TowerParallel: Modules with uninitialized parameters can't be used, and "
+            f"{type(module).__name__} is lazy; run one batch through the plain module first"
         )
     found: list[Any] = []
     containers: list[Any] = []
