@@ -364,7 +364,7 @@ class TowerParallel(Steps[Module]):
     def _forward_alone(self, inputs: Any, kwargs: Any) -> Any:
         inputs, kwargs = self._moved((inputs, kwargs))
         output = self._module_here()(*inputs, **kwargs)
-        stays = self.num_towers == 1 or current_tower() is not None or self.output_device == self.devices[0]
+        stays = current_tower() is not None or self.output_device == self.devices[0]
         return output if stays else map_tensors(lambda t: move(t, self.output_device), output)
 
     def _moved(self, batch: Any) -> Any:

@@ -45,12 +45,13 @@ class Steps(nn.DataParallel[Module]):
     def replicate(self, module: Module, device_ids: Any) -> list[Module]:
         """Make replicas for `parallel_apply`; see ``nn.DataParallel.replicate``.
 
-        On a CPU they have the module's own parameters. There as elsewhere the first has its buffers, the others copies,
-        and what a forward assigns to attributes is lost.
+        Those on the module's device have its own parameters, others copies that lead back to these. The first has its
+        buffers, the others copies, and what a forward assigns to attributes is lost. On CUDA they are torch's own.
         """
-        if self.devices[0].type == "cpu":
-            return [_replica_of(module, is_main=index == 0) for index in range(len(device_ids))]
-        return super().replicate(module, device_ids)
+        if self.devices[0].type == "cuda":
+            return super().replicate(module, device_ids)
+        devices = self.devices[: len(device_ids)]
+        return [_replica_of(module, device, is_main=index == 0) for index, device in enumerate(devices)]
 
     def parallel_apply(self, replicas: Sequence[Any], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
         """Call replicas on their inputs; see ``nn.DataParallel.parallel_apply``. On a CPU one after the other."""
@@ -114,22 +115,23 @@ class Steps(nn.DataParallel[Module]):
         return list(zip(tuples, keywords or [{}] * count, strict=True))
 
 
-def _replica_of(module: Module, *, is_main: bool) -> Module:
-    """A module tree of the same parameters, as shallow as nn.DataParallel's; compiled modules stay what they are."""
+def _replica_of(module: Module, device: torch.device, *, is_main: bool) -> Module:
+    """A module tree on ``device``, as shallow as nn.DataParallel's; compiled modules stay what they are."""
     twins: dict[nn.Module, Any] = {
         each: each if is_scripted(each) or is_optimized(each) else each._replicate_for_data_parallel()
         for each in module.modules()
     }
-    copies: dict[int, Tensor] = {}
+    moved: dict[int, Tensor] = {}  # by id: what has two names is one tensor
     for each, twin in twins.items():
         if twin is each:
             continue
         del twin._is_replica  # theirs have no parameters, and libraries that see the mark look elsewhere for them
-        twin._parameters = each._parameters.copy()
         twin._modules = {name: twins.get(child) for name, child in each._modules.items()}  # type: ignore[arg-type]
-        for name, buffer in each._buffers.items():
-            if buffer is not None and not is_main:
-                twin._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+        twin._parameters = each._parameters.copy()
+        for held, is_copied in ((twin._parameters, False), (twin._buffers, not is_main)):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = moved.setdefault(id(tensor), tensor.to(device, copy=is_copied))
     replica: Module = twins[module]
     return replica
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from tests.accelerator.towers import assert_same_gradients, assert_same_values, device, every_layout, mlp, rows
+from tests.accelerator.towers import (
+    assert_go_backward_alike,
+    assert_same_gradients,
+    assert_same_values,
+    device,
+    every_layout,
+    mlp,
+    rows,
+)
 from torchtower import TowerParallel
 
 
@@ -59,3 +69,32 @@ def test_within_a_transform_a_wrapper_with_a_scatter_of_its_own_moves_the_batch_
     x = rows(4)
     got = torch.func.vmap(Uncut(net, device_ids=[0, 1]))(x)
     assert_same_values(got, net(x.to(device(0))))
+
+
+class Stepwise(TowerParallel):
+    """As programs do that subclass nn.DataParallel with a forward of their own."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
+        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
+        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7])
+@every_layout
+def test_the_steps_of_data_parallel_work_one_by_one(devices: list[int], num_rows: int) -> None:
+    fc = nn.Linear(3, 3)
+    plain = nn.Sequential(fc, nn.BatchNorm1d(3), nn.Tanh(), fc).double().eval()
+    stepwise = Stepwise(copy.deepcopy(plain).to(device(devices[0])), device_ids=devices)
+    assert_go_backward_alike(plain, stepwise, rows(num_rows))
+    replicas = stepwise.replicate(stepwise.module, stepwise.device_ids)
+    for index, (replica, its_device) in enumerate(zip(replicas, stepwise.devices, strict=True)):
+        tensors = [*replica.parameters(), *replica.buffers()]
+        assert {tensor.device for tensor in tensors} == {its_device}
+        assert replica[0].weight is replica[3].weight, "one tensor under two names"
+        assert (replica[1].running_mean is stepwise.module[1].running_mean) == (index == 0)
+
+
+def test_one_device_puts_outputs_where_they_are_asked_for() -> None:
+    out = TowerParallel(mlp().to(device(0)), device_ids=[0], output_device="cpu")(rows(4).float())
+    assert out.device == torch.device("cpu")
