@@ -11,9 +11,9 @@
 
 #include "chunk_plan.h"
 #include "cpu/kernels.h"
+#include "first_change.h"
 #include "holds_only.h"
 #include "memory_of.h"
-#include "same_contents.h"
 
 namespace {
 
@@ -64,8 +64,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_cpu_kernels", &available_cpu_kernels);
   m.def("use_cpu_kernels", &use_cpu_kernels, pybind11::arg("name"));
 
-  m.def("same_contents", &torchtower::same_contents, pybind11::arg("containers"),
-        pybind11::arg("before"));
+  m.def("first_change", &torchtower::first_change, pybind11::arg("containers"),
+        pybind11::arg("before"), pybind11::arg("begin"));
   m.def("memory_of", &torchtower::memory_of, pybind11::arg("tensors"));
   m.def("holds_only", &torchtower::holds_only, pybind11::arg("container"), pybind11::arg("types"));
 

@@ -17,7 +17,7 @@ except ImportError as error:
 
 holds_only = _C.holds_only
 memory_of = _C.memory_of
-same_contents = _C.same_contents
+first_change = _C.first_change
 
 
 def build_info() -> dict[str, str | bool]:

@@ -6,6 +6,7 @@ Reads the user's module and never writes to it.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from torchtower._extension import same_contents
+from torchtower._extension import first_change
 from torchtower.bridge.graphs import graph_of, is_cut_off, is_wrapped, requires_grad
 from torchtower.memory import memory_of
 from torchtower.parts import SMALL, container_of, leads_nowhere
@@ -38,9 +39,12 @@ class Watch:
     """
 
     def __init__(self, groups: Iterable[Iterable[Any]]) -> None:
-        self._groups = [list(group) for group in groups]
-        self._before = list(map(_contents_of_each, self._groups))
-        self._flat: tuple[list[Any], list[Any]] | None = None  # of all groups, one after the other
+        self._containers: list[Any] = []  # of all groups, one after the other
+        self._ends: list[int] = []  # of each group, where it ends among these
+        for group in groups:
+            self._containers += group
+            self._ends.append(len(self._containers))
+        self._before = list(map(_contents_of, self._containers))
 
     def remember(self, index: int, group: Iterable[Any] | None = None) -> None:
         """Take a group's contents of today for the unchanged ones.
@@ -49,28 +53,27 @@ class Watch:
             index: which group.
             group: its containers from now on; None: the same as before.
         """
-        if group is not None:
-            self._groups[index] = list(group)
-        self._before[index] = _contents_of_each(self._groups[index])
-        self._flat = None
+        begin, end = self._ends[index - 1] if index else 0, self._ends[index]
+        containers = self._containers[begin:end] if group is None else list(group)
+        self._containers[begin:end] = containers
+        self._before[begin:end] = map(_contents_of, containers)
+        if growth := len(containers) - (end - begin):
+            self._ends[index:] = [each + growth for each in self._ends[index:]]
 
     def changed(self) -> list[int]:
         """Which groups hold other objects than were remembered; costs little when none does."""
-        if self._flat is None:
-            self._flat = list(chain.from_iterable(self._groups)), list(chain.from_iterable(self._before))
-        if same_contents(*self._flat):
-            return []
-        pairs = enumerate(zip(self._groups, self._before, strict=True))
-        return [index for index, (group, before) in pairs if not same_contents(group, before)]
+        found = []
+        at = first_change(self._containers, self._before, 0)
+        while at < len(self._containers):
+            index = bisect_right(self._ends, at)
+            found.append(index)
+            at = first_change(self._containers, self._before, self._ends[index])
+        return found
 
 
-def _contents_of_each(containers: list[Any]) -> list[Any]:
-    return [tuple(_contents_of(container)) for container in containers]
-
-
-def _contents_of(container: Any) -> Iterable[Any]:
-    # In the order in which `same_contents` comes by them, which is not always that of an OrderedDict.
-    return chain.from_iterable(dict.items(container)) if isinstance(container, dict) else container
+def _contents_of(container: Any) -> tuple[Any, ...]:
+    # In the order in which `first_change` comes by them, which is not always that of an OrderedDict.
+    return tuple(chain.from_iterable(dict.items(container)) if isinstance(container, dict) else container)
 
 
 class Original:

@@ -1,4 +1,4 @@
-"""`same_contents`: whether containers hold the very objects that they held before, told without asking these."""
+"""`first_change`: which containers hold other objects than they held before, told without asking these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from torchtower._extension import same_contents
+from torchtower._extension import first_change
 
 
 class Silent:
@@ -24,6 +24,10 @@ class Silent:
 
 def contents(container: Any) -> tuple[Any, ...]:
     return tuple(chain.from_iterable(container.items()) if isinstance(container, dict) else container)
+
+
+def same_contents(containers: list[Any], before: list[Any]) -> bool:
+    return first_change(containers, before, 0) == len(containers)
 
 
 A, B = Silent(), Silent()
@@ -66,10 +70,17 @@ def test_equal_is_not_the_same() -> None:
     assert not same_contents([[1000001]], [(int("1000001"),)])
 
 
-def test_lists_of_containers_of_different_lengths_are_not_the_same() -> None:
-    assert not same_contents([[A]], [])
+def test_each_change_is_found_from_where_one_begins() -> None:
+    before = [contents([A]) for _ in range(5)]
+    held = [[A], [B], [A], [A, A], [A]]
+    assert [first_change(held, before, begin) for begin in range(6)] == [1, 1, 3, 3, 5, 5]
+
+
+def test_what_is_no_tuple_a_container_is_refused() -> None:
+    with pytest.raises(TypeError, match="as many tuples as containers"):
+        first_change([[A]], [], 0)
     with pytest.raises(TypeError, match="expected tuples"):
-        same_contents([[A]], [[A]])  # type: ignore[list-item]
+        first_change([[A]], [[A]], 0)  # type: ignore[list-item]
 
 
 def test_no_reference_is_kept_or_lost() -> None:

@@ -1,4 +1,4 @@
-#include "same_contents.h"
+#include "first_change.h"
 
 namespace torchtower {
 
@@ -36,18 +36,19 @@ bool same_members(PyObject* iterable, PyObject* before) {
 
 }  // namespace
 
-bool same_contents(const pybind11::list& containers, const pybind11::list& before) {
-  if (containers.size() != before.size()) return false;
-  for (size_t i = 0; i < containers.size(); ++i) {
+size_t first_change(const pybind11::list& containers, const pybind11::list& before, size_t begin) {
+  if (containers.size() != before.size())
+    throw pybind11::type_error("first_change: expected as many tuples as containers");
+  for (size_t i = begin; i < containers.size(); ++i) {
     PyObject* const container = PyList_GET_ITEM(containers.ptr(), static_cast<Py_ssize_t>(i));
     PyObject* const then = PyList_GET_ITEM(before.ptr(), static_cast<Py_ssize_t>(i));
-    if (!PyTuple_Check(then)) throw pybind11::type_error("same_contents: expected tuples");
+    if (!PyTuple_Check(then)) throw pybind11::type_error("first_change: expected tuples");
     const bool same = PyDict_Check(container)   ? same_entries(container, then)
                       : PyList_Check(container) ? same_items(container, then)
                                                 : same_members(container, then);
-    if (!same) return false;
+    if (!same) return i;
   }
-  return true;
+  return containers.size();
 }
 
 }  // namespace torchtower
