@@ -68,6 +68,7 @@ class Replica:
         self._is_main = is_main
         self.parameters = Leaves(original, device, aliases=aliases)
         self._to_replica = Translation()
+        self._back: dict[int, tuple[Any, Any]] = {}  # as a translation's table, of what changes only with structure
         self._to_original: Translation | None = None
         self._places: dict[int, list[Place]] = {}  # of each of the original's modules, by its id
         self._links: dict[int, list[Link]] = {}  # of those that have any, by their ids
@@ -106,6 +107,7 @@ class Replica:
         """Make what is new, keep what is not, drop what is gone."""
         self._to_original = None
         before, self._to_replica = self._to_replica, Translation()
+        self._back.clear()
         self._places.clear()
         self._links.clear()
         self._link_of.clear()
@@ -116,12 +118,12 @@ class Replica:
             twin = before.get(module)
             if twin is None:
                 twin = new_piece(module) if is_scripted(module) else object.__new__(type(module))
-            self._to_replica.add(module, twin)
+            self._pair(module, twin)
             self._pair_hook_dicts(module, twin)
         with torch.inference_mode(False), torch.no_grad():
             self.parameters.make()
         for parameter, leaf in zip(self._original.parameters, self.leaves, strict=True):
-            self._to_replica.add(parameter, leaf)
+            self._pair(parameter, leaf)
         known, self._sources = self._sources, []
         self._make_buffers(before, known)
         for module in self._original.modules:
@@ -133,10 +135,16 @@ class Replica:
         if not is_scripted(module):
             for name in (*HOOKS, *HOOK_OPTIONS):
                 source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
-                _, before = self._hook_dicts.get((id(module), name), (None, None))
-                self._to_replica.remove(before)
-                self._to_replica.add(source, target)
+                target_before, source_before = self._hook_dicts.get((id(module), name), (None, None))
+                self._to_replica.remove(source_before)
+                self._back.pop(id(target_before), None)
+                self._pair(source, target)
                 self._hook_dicts[id(module), name] = target, source
+
+    def _pair(self, source: Any, twin: Any) -> None:
+        """Let each be translated to the other."""
+        self._to_replica.add(source, twin)
+        self._back[id(twin)] = twin, source
 
     def _make_buffers(self, before: Translation, known: Iterable[Tensor]) -> None:
         """Have a twin of each of the original's buffers, that of ``before`` where it was one of the ``known`` ones."""
@@ -336,12 +344,10 @@ class Replica:
         if self._to_original is not None:
             return self._to_original
         back = self._to_original = Translation(left_behind=True)
-        everything = (self._original.modules, self._original.parameters, self._original.buffers)
-        for source in chain(*everything):
-            if (twin := self._to_replica.get(source)) is not source:  # the main tower has the user's own buffers
-                back.add(twin, source)
+        back.table.update(self._back)
+        for buffer, twin in zip(self._sources, self.buffers, strict=True):
+            if twin is not buffer:  # the main tower has the user's own
+                back.add(twin, buffer)
         for pair in self._to_replica.pairs.values():
             back.add(pair.twin, pair.source)
-        for target, source in self._hook_dicts.values():
-            back.add(target, source)
         return back
