@@ -172,10 +172,10 @@ def branches(columns: Sequence[Sequence[Grad]]) -> list[Branch]:
             if node in owner:
                 joined[first(index)] = first(owner[node])
                 continue
-            if _is_opaque(node):
-                opaque.add(index)
             if is_leaf(node):
                 leaves[index].add(id(node.variable))
+            elif _is_opaque(node):
+                opaque.add(index)
             if not _is_end(node):
                 new.append(node)
         owner.update(dict.fromkeys(new, index))
@@ -190,7 +190,12 @@ def branches(columns: Sequence[Sequence[Grad]]) -> list[Branch]:
 
 def _is_end(node: Any) -> bool:
     """Whether a node is a leaf's, and may be come to more than once: it saves nothing, and no hook looks at the sum."""
-    leaf = node.variable if is_leaf(node) else node.output() if _is_writable(node) else None
+    if is_leaf(node):
+        leaf = node.variable
+    elif _is_writable(node):
+        leaf = node.output()
+    else:
+        return False
     return leaf is not None and not leaf._backward_hooks
 
 
@@ -212,7 +217,7 @@ def _walk(tensors: Iterable[Grad], stops: Container[Any]) -> Iterator[Any]:
         seen.add(node)
         yield node
         if node not in stops:
-            pending.extend(following for following, _ in node.next_functions)
+            pending += [following for following, _ in node.next_functions]
 
 
 def is_leaf(node: Any) -> bool:
