@@ -247,8 +247,8 @@ class _RefusedModuleError(ValueError, RuntimeError):
 
 def dicts_of(module: nn.Module) -> dict[str, Any]:
     """Those of `MODULE_DICTS` that a module keeps in Python: all, or the hooks of a TorchScript module."""
-    found = {name: module.__dict__.get(name) for name in MODULE_DICTS}
-    return {name: value for name, value in found.items() if isinstance(value, dict)}
+    held = module.__dict__
+    return {name: value for name in MODULE_DICTS if isinstance(value := held.get(name), dict)}
 
 
 class _Held(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from torchtower.parts import CALLABLES, container_of, leads_nowhere, parts_of
+from torchtower.parts import ATOMS, CALLABLES, container_of, leads_nowhere, parts_of
 from torchtower.replicas.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, dicts_of
 from torchtower.replicas.rewrite import Translation
 from torchtower.replicas.scripted import is_scripted
@@ -40,6 +40,8 @@ class Place(NamedTuple):
 
     def take_changes(self) -> list[tuple[Any, Any]]:
         """Names and values, as of `Written`, that the replica's has held anew since this was last asked."""
+        if not (self.known or self.twin):  # nearly always
+            return []
         changes = _differences(self.known, self.twin)
         # Of attributes nobody minds in which order they come.
         if self.kind != "attributes" and isinstance(self.twin, dict) and _is_in_another_order(self.known, self.twin):
@@ -107,10 +109,14 @@ def places_of(module: nn.Module, twin: nn.Module, in_attributes: Container[int])
         for name in names:
             yield _place(kind, module.__dict__[name], twin.__dict__[name])
     seen: set[int] = set()
-    attributes = [name for name in module.__dict__ if name not in MODULE_DICTS]
-    pending = [("container", module.__dict__[name], twin.__dict__[name]) for name in attributes]
+    pending = [
+        ("container", value, twin.__dict__[name])
+        for name, value in module.__dict__.items()
+        if type(value) not in ATOMS and name not in MODULE_DICTS
+    ]
     for name, hooks in dicts_of(module).items():
-        pending += [("outside", *pair) for pair in zip(hooks.values(), twin.__dict__[name].values(), strict=True)]
+        if hooks:
+            pending += [("outside", *pair) for pair in zip(hooks.values(), twin.__dict__[name].values(), strict=True)]
     while pending:
         kind, value, copied = pending.pop()
         if kind == "outside" and value is copied:  # one for all towers
@@ -132,7 +138,7 @@ def places_of(module: nn.Module, twin: nn.Module, in_attributes: Container[int])
 
 
 def _place(kind: str, target: Any, twin: Any) -> Place:
-    return Place(kind, target, twin, copy(twin))
+    return Place(kind, target, twin, dict(twin) if isinstance(twin, dict) else copy(twin))
 
 
 def _values(container: Any) -> list[Any]:

@@ -36,6 +36,7 @@ from torchtower.bridge.graphs import writable
 from torchtower.bridge.node import is_connected
 from torchtower.devices import move
 from torchtower.memory import is_freed, version_of
+from torchtower.parts import ATOMS
 from torchtower.replicas.leaves import Leaves, share_attributes
 from torchtower.replicas.original import HOOK_OPTIONS, HOOKS, MODULE_DICTS, Original, Watch, dicts_of
 from torchtower.replicas.places import Place, Written, places_of, write_back
@@ -136,6 +137,8 @@ class Replica:
             for name in (*HOOKS, *HOOK_OPTIONS):
                 source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
                 target_before, source_before = self._hook_dicts.get((id(module), name), (None, None))
+                if target is target_before and source is source_before:
+                    continue
                 self._to_replica.remove(source_before)
                 self._back.pop(id(target_before), None)
                 self._pair(source, target)
@@ -192,12 +195,15 @@ class Replica:
             translated.clear()
             # Hooks find in a container that an attribute holds what the forward finds there.
             shared = self._original.containers
-            translated.update((key, self._to_replica(item, shared)) for key, item in value.items())
+            if value:
+                translated.update((key, self._to_replica(item, shared)) for key, item in value.items())
         if is_scripted(module):
             fill_piece(module, twin, self._to_replica)
         else:
             attributes = {
-                name: self._to_replica(value) for name, value in module.__dict__.items() if name not in MODULE_DICTS
+                name: value if type(value) in ATOMS else self._to_replica(value)
+                for name, value in module.__dict__.items()
+                if name not in MODULE_DICTS
             }
             twin.__dict__.clear()
             twin.__dict__.update(attributes, **dicts)
