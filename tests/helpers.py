@@ -36,6 +36,15 @@ def mlp(inputs: int = 3, outputs: int = 2) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
 
 
+class Stepwise(TowerParallel):
+    """Makes its forward of nn.DataParallel's steps, as programs do that subclass it."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
+        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
+        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
+
+
 def batch(rows: int, columns: int = 3, *, seed: int = 0, requires_grad: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, columns, dtype=torch.float64, generator=generator)

@@ -18,6 +18,7 @@ from tests.accelerator.towers import (
     mlp,
     rows,
 )
+from tests.helpers import Stepwise
 from torchtower import TowerParallel
 
 
@@ -69,15 +70,6 @@ def test_within_a_transform_a_wrapper_with_a_scatter_of_its_own_moves_the_batch_
     x = rows(4)
     got = torch.func.vmap(Uncut(net, device_ids=[0, 1]))(x)
     assert_same_values(got, net(x.to(device(0))))
-
-
-class Stepwise(TowerParallel):
-    """As programs do that subclass nn.DataParallel with a forward of their own."""
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
-        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
-        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
 
 
 @pytest.mark.parametrize("num_rows", [1, 7])

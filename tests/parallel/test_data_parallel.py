@@ -13,6 +13,7 @@ from torch import nn
 from tests.helpers import (
     EVERY_COUNT,
     SEVERAL,
+    Stepwise,
     assert_close,
     assert_go_backward_alike,
     assert_same_gradients,
@@ -137,15 +138,6 @@ def test_a_subclass_may_hear_of_its_towers_losses() -> None:
     wrapped = Hearing(mlp(), ["cpu", "cpu"])
     wrapped.tower_loss(lambda net, x: net(x).mean(), batch(4))
     assert wrapped.heard[0] == [] and [loss.shape for loss in wrapped.tower_losses] == [(), ()]
-
-
-class Stepwise(TowerParallel):
-    """As programs do that subclass nn.DataParallel with a forward of their own."""
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        shards, keywords = self.scatter(inputs, kwargs, self.device_ids)
-        replicas = self.replicate(self.module, self.device_ids[: len(shards)])
-        return self.gather(self.parallel_apply(replicas, shards, keywords), self.output_device)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
