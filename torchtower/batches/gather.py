@@ -18,8 +18,8 @@ from torchtower.parts import tensors_within
 _VIEWS = (ItemsView, ValuesView)  # of a dict
 _JOINED = (torch.strided, torch.sparse_coo)  # layouts that torch.cat takes
 _PAD = (
-    "; what a tower pads to its own longest row wants one length (pad_packed_sequence: total_length=x.size(1)), and what "
-    "has its rows elsewhere (an RNN's last state) is to be returned transposed"
+    "; what a tower pads to its own longest row wants one length (pad_packed_sequence: total_length=x.size(1)), and "
+    "what has its rows elsewhere (an RNN's last state) is to be returned transposed"
 )
 _MOST_SHOWN = 200  # characters of a value, in an error
 
