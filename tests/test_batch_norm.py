@@ -240,6 +240,19 @@ def test_a_tower_that_fails_before_the_others_meet_it_leaves_nobody_waiting(at_o
     assert wrapped(batch(6)).mean(0).abs().max() < 1e-12
 
 
+def test_a_summand_may_be_written_to_afterwards() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            summand = x.sum(0)
+            total = tower_sum(summand)
+            summand.zero_()
+            return total.expand_as(x)
+
+    wrapped = wrap(Net(), 3)
+    for _ in range(20):
+        assert_close(wrapped(batch(6)), batch(6).sum(0).expand(6, 3))
+
+
 def test_towers_that_meet_unequally_often_are_told() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchtower.batches.gather import Column, cat_rows, gather_structure
 from torchtower.batches.nested import map_tensors, tensors_in
 from torchtower.batches.scatter import Splits, plan_splits
-from torchtower.devices import move, parse_output_device
+from torchtower.devices import move, parse_device_ids, parse_output_device
 from torchtower.replicas.scripted import is_optimized, is_scripted
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -48,10 +48,11 @@ class Steps(nn.DataParallel[Module]):
         Those on the module's device have its own parameters, others copies that lead back to these. The first has its
         buffers, the others copies, and what a forward assigns to attributes is lost. On CUDA they are torch's own.
         """
-        if self.devices[0].type == "cuda":
+        main = self.devices[0]
+        if main.type == "cuda":
             return super().replicate(module, device_ids)
-        devices = self.devices[: len(device_ids)]
-        return [_replica_of(module, device, is_main=index == 0) for index, device in enumerate(devices)]
+        devices = [main] * len(device_ids) if main.type == "cpu" else parse_device_ids(device_ids)
+        return [_replica_of(module, main, device, is_main=index == 0) for index, device in enumerate(devices)]
 
     def parallel_apply(self, replicas: Sequence[Any], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
         """Call replicas on their inputs; see ``nn.DataParallel.parallel_apply``. On a CPU one after the other."""
@@ -115,13 +116,22 @@ class Steps(nn.DataParallel[Module]):
         return list(zip(tuples, keywords or [{}] * count, strict=True))
 
 
-def _replica_of(module: Module, device: torch.device, *, is_main: bool) -> Module:
-    """A module tree on ``device``, as shallow as nn.DataParallel's; compiled modules stay what they are."""
+def _replica_of(module: Module, main: torch.device, device: torch.device, *, is_main: bool) -> Module:
+    """A module tree on ``device``, as shallow as nn.DataParallel's; compiled modules stay what they are.
+
+    So do tensors that do not lie on ``main``.
+    """
     twins: dict[nn.Module, Any] = {
         each: each if is_scripted(each) or is_optimized(each) else each._replicate_for_data_parallel()
         for each in module.modules()
     }
-    moved: dict[int, Tensor] = {}  # by id: what has two names is one tensor
+    pieces: dict[int, Tensor] = {}  # by id: what has two names is one tensor
+
+    def piece_of(tensor: Tensor, is_copied: bool) -> Tensor:
+        if tensor.device == main != device:
+            return tensor.to(device)
+        return tensor.clone() if is_copied else tensor
+
     for each, twin in twins.items():
         if twin is each:
             continue
@@ -131,7 +141,9 @@ def _replica_of(module: Module, device: torch.device, *, is_main: bool) -> Modul
         for held, is_copied in ((twin._parameters, False), (twin._buffers, not is_main)):
             for name, tensor in held.items():
                 if tensor is not None:
-                    held[name] = moved.setdefault(id(tensor), tensor.to(device, copy=is_copied))
+                    held[name] = pieces.setdefault(id(tensor), piece_of(tensor, is_copied))
+        if isinstance(twin, nn.RNNBase):  # which reads its weights there
+            twin._flat_weights = [getattr(twin, name, None) for name in twin._flat_weights_names]
     replica: Module = twins[module]
     return replica
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import pytest
@@ -90,3 +91,12 @@ def test_the_steps_of_data_parallel_work_one_by_one(devices: list[int], num_rows
 def test_one_device_puts_outputs_where_they_are_asked_for() -> None:
     out = TowerParallel(mlp().to(device(0)), device_ids=[0], output_device="cpu")(rows(4).float())
     assert out.device == torch.device("cpu")
+
+
+def test_replicas_are_made_where_they_are_asked_for() -> None:
+    stepwise = Stepwise(nn.LSTM(3, 2).to(device(0)), device_ids=[0, 1])
+    for ids in ([1], [0, 0], [1, 0]):
+        replicas = stepwise.replicate(stepwise.module, ids)
+        for index, replica in zip(ids, replicas, strict=True):
+            assert {weight.device for weight in replica._flat_weights} == {device(index)}
+            assert all(map(operator.is_, replica._flat_weights, replica.parameters()))

@@ -216,3 +216,10 @@ def test_the_steps_leave_compiled_modules_as_they_are() -> None:
     stepwise = Stepwise(net, ["cpu", "cpu"])
     assert_close(stepwise(batch(5)), net(batch(5)))
     assert len(list(net.parameters())) == 2
+
+
+def test_there_are_as_many_replicas_as_devices_are_named_with_tensors_of_any_kind() -> None:
+    net = nn.BatchNorm1d(3)
+    net.register_buffer("template", torch.empty(2, device="meta"))
+    replicas = wrap(net, 2).replicate(net, ["cpu"] * 3)
+    assert len(replicas) == 3 and all(replica.template.is_meta for replica in replicas)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers import SEVERAL, assert_close, assert_same_gradients, batch, twins, wrap
@@ -242,3 +244,33 @@ def test_a_hook_of_a_backward_comes_after_one_that_the_user_has_registered_meanw
         inner.fc.register_forward_hook(lambda module, args, out: out * 3)
         out.sum().backward()
     assert_close(wrapped(batch(4)), plain(batch(4)))
+
+
+@pytest.mark.parametrize("num_towers", SEVERAL)
+def test_a_hook_dict_that_two_modules_share_for_a_while_is_told_apart_afterwards(num_towers: int) -> None:
+    class Renewing(nn.Module):
+        """Registers a hook in each forward, and removes the one of two forwards before."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+            self.net[1]._forward_hooks = self.net[0]._forward_hooks
+            self.handles: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.handles.append(self.net[0].register_forward_hook(lambda module, args, output: output + 1))
+            if len(self.handles) > 2:
+                self.handles.pop(0).remove()
+            out: Tensor = self.net(x)
+            return out
+
+    for net in twins(Renewing(), num_towers):
+        inner = getattr(net, "module", net)
+        for _ in range(3):
+            net(batch(4))
+        inner.net[1]._forward_hooks = OrderedDict()
+        for _ in range(3):
+            out = net(batch(4))
+            first = F.linear(batch(4), inner.net[0].weight, inner.net[0].bias) + 2
+            assert_close(out, F.linear(first, inner.net[1].weight, inner.net[1].bias))
+            assert len(inner.net[0]._forward_hooks) == 2

@@ -337,3 +337,21 @@ def test_a_buffer_that_is_made_of_other_tensors_is_written_to_by_the_main_tower_
         assert_close(wrapped(batch(8)), plain(batch(8)))
     assert_close(wrapped.module.count.a, plain.count.a)
     assert_close(wrapped.module.count.b, plain.count.b)
+
+
+def test_what_a_module_hides_among_its_parameters_may_lie_anywhere() -> None:
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.template = nn.Linear(3, 2), nn.Linear(3, 2, device="meta")
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            named = super().named_parameters(*args, **kwargs)
+            return ((name, parameter) for name, parameter in named if not name.startswith("template"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(x)
+            return out
+
+    net = Hiding().double()
+    assert_close(wrap(net, 2)(batch(5)), net.fc(batch(5)))

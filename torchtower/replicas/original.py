@@ -110,12 +110,11 @@ class Original:
         known = {} if changed is None else {key: held for key, held in self._held.items() if key not in changed_ids}
         modules: list[nn.Module] = []
         held_by: dict[int, _Held] = {}
-        tree = list(self.module.modules())
-        parameters = _registered(tree, "_parameters")
-        buffers = _registered(tree, "_buffers")
-        buffers = {key: buffer for key, buffer in buffers.items() if graph_of(buffer) is None and _is_copied(buffer)}
+        # As the module tells itself: what it hides may lie anywhere.
+        parameters: dict[int, Tensor] = {id(p): p for p in self.module.parameters()}
+        buffers: dict[int, Tensor] = {id(b): b for b in self.module.buffers() if graph_of(b) is None and _is_copied(b)}
         registered = [*parameters.values(), *buffers.values()]
-        descendants = set(map(id, tree))
+        descendants = set(map(id, self.module.modules()))
         pending = [self.module]
         while pending:
             module = pending.pop()
@@ -300,12 +299,6 @@ def _contents(module: nn.Module) -> tuple[list[Any], list[Any]]:
                 pending.extend(container.values() if isinstance(container, dict) else container)
     # What a call within a transform of torch.func has left is nothing that towers can use.
     return [v for v in found if v is not None and not (isinstance(v, Tensor) and is_wrapped(v))], containers
-
-
-def _registered(modules: Iterable[nn.Module], name: str) -> dict[int, Tensor]:
-    """What modules have in their dicts of this name, once each, by id."""
-    tensors = chain.from_iterable([getattr(module, name).values() for module in modules])
-    return {id(tensor): tensor for tensor in tensors if tensor is not None}
 
 
 def _is_copied(tensor: Tensor) -> bool:

@@ -137,7 +137,7 @@ class Replica:
             for name in (*HOOKS, *HOOK_OPTIONS):
                 source, target = module.__dict__[name], twin.__dict__.setdefault(name, OrderedDict())
                 target_before, source_before = self._hook_dicts.get((id(module), name), (None, None))
-                if target is target_before and source is source_before:
+                if source is source_before and self._to_replica.get(source) is target:
                     continue
                 self._to_replica.remove(source_before)
                 self._back.pop(id(target_before), None)
