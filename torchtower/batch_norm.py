@@ -62,7 +62,8 @@ class _TowerSum(torch.autograd.Function):
                 "differentiation, which one tower does at a time"
             )
         weight = weight_of_tower() if weighted else None
-        summand = without_graph(value)  # a copy: its tower may go on and write to it before the others have read it
+        summand = without_graph(value)
+        # A copy: its tower may go on and write to it before the others have read it.
         first, *others = exchange(summand.clone() if weight in (None, 1) else summand * weight)
         total: Tensor = first.to(value.device, copy=True)
         for tower, other in enumerate(others, 1):
