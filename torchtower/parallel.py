@@ -29,9 +29,9 @@ from torchtower.losses import check_alike, check_leads_to_replicas, loss_and_wei
 from torchtower.reduction import Grad
 from torchtower.shards import Shards, cut, from_scatter
 from torchtower.steps import Module, Steps
+from torchtower.threads.locks import is_held_here
 from torchtower.threads.rounds import current_tower
 from torchtower.threads.thread_state import transforming, untraced
-from torchtower.threads.workers import is_held_here
 from torchtower.towers import Towers
 
 _BUFFER_POLICIES = ("main", "mean")

@@ -48,8 +48,8 @@ from torchtower.bridge.node import Asked, connect
 from torchtower.bridge.ports import Port, Ports, join, without_graph
 from torchtower.devices import move
 from torchtower.reduction import Grad, is_batched
+from torchtower.threads.locks import is_held_here
 from torchtower.threads.rounds import current_tower
-from torchtower.threads.workers import is_held_here
 
 _autograd: Any = torch._C._autograd
 

@@ -17,15 +17,15 @@ import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from torchtower.threads.locks import is_held_here
 from torchtower.threads.rounds import current_tower
 
-_turn: Any = threading.RLock()  # held once for each level that a tower is in
+_turn = threading.RLock()  # held once for each level that a tower is in
 
 
 def has_turn() -> bool:
     """Whether this thread is a tower's in forward mode, for which others may be waiting."""
-    is_held_here: bool = _turn._is_owned()
-    return is_held_here
+    return is_held_here(_turn)
 
 
 def give_back_turn() -> None:

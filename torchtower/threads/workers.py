@@ -286,12 +286,6 @@ def _prepare(tower_index: int, device: torch.device, intra_op_threads: int) -> N
         torch.zeros(1, device=device)
 
 
-def is_held_here(lock: Any) -> bool:
-    """Whether this very thread holds a reentrant lock."""
-    held: bool = lock._is_owned()
-    return held
-
-
 def _let_engine_finish() -> None:
     # A round that never ends, in a daemon thread, may keep the engine's thread for good.
     if not any(pool.is_running for pool in _pools):
